@@ -1,0 +1,165 @@
+"""The interface: what the algorithm asks of a device. A backend answers it; nothing else in paca knows which device there is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from enum import Enum
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from paca import strategies
+from paca.strategies import ColumnWrite
+
+
+class GraphMode(str, Enum):
+    """How a step's operations reach the device."""
+
+    EAGER = "eager"
+    COMPILE = "compile"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """A backend's chosen way for each tensor step. Every field is a module-level function, so the choice can be pickled, compared and compiled."""
+
+    gather: Callable[[Tensor, Tensor], Tensor] = strategies.gather_index_select  # x, index -> x[..., index]
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor] = strategies.forward_linear  # x, weight, bias -> y
+    grad_input: Callable[[Tensor, Tensor], Tensor] = strategies.grad_input_matmul  # gy, weight -> gx
+    grad_columns: Callable[[Tensor, Tensor], Tensor] = strategies.grad_columns_thin_first  # gy, xs -> (out, r), float32
+    write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
+
+
+# What a user may name for each kind, and the fields of `Ops` that it sets.
+Choices = Mapping[str, Mapping[str, Mapping[str, Callable[..., Any]]]]
+
+PLAIN_TORCH: Choices = MappingProxyType(
+    {
+        "gather": {
+            "index_select": {"gather": strategies.gather_index_select},
+            "one_hot": {"gather": strategies.gather_one_hot},
+        },
+        "gemm": {"torch": {"forward": strategies.forward_linear, "grad_input": strategies.grad_input_matmul}},
+        "grad_columns": {
+            "thin_first": {"grad_columns": strategies.grad_columns_thin_first},
+            "matmul": {"grad_columns": strategies.grad_columns_matmul},
+        },
+        "write": {
+            "index_copy": {"write_columns": strategies.write_index_copy},
+            "index_put": {"write_columns": strategies.write_index_put},
+        },
+    }
+)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Facts about a device that code and tests branch on, instead of on its name."""
+
+    dtypes: frozenset[torch.dtype]  # dtypes its GEMMs really compute in
+    graph_modes: tuple[GraphMode, ...]  # the default first
+    quantised: frozenset[str] = frozenset()  # formats of a frozen weight, e.g. "nf4"
+    steps_per_check: int = (
+        1  # optimizer steps from one staleness spot check to the next; each reads a value back to the host
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device."""
+
+    allocated: int
+    peak: int
+    limit: int
+
+
+class Backend(ABC):
+    """One kind of device: its strategies, its memory, and what a trainer needs to know of it.
+
+    Args:
+        strategies: kind → name for each strategy that is not the backend's default, `graph` among them.
+
+    Raises:
+        ValueError: for a kind or name that the backend does not have.
+    """
+
+    name: ClassVar[str]  # what `set_backend` takes
+    priority: ClassVar[int] = 0  # among usable backends the highest is the default
+    choices: ClassVar[Choices] = PLAIN_TORCH
+    default_ops: ClassVar[Ops] = Ops()
+
+    def __init__(self, **strategies: str) -> None:
+        modes = {mode.value: mode for mode in self.capabilities.graph_modes}
+        self.graph_mode = modes[_choose("graph", strategies.pop("graph", next(iter(modes))), modes)]
+        self.ops = self.default_ops
+        for kind, choice in strategies.items():
+            known = self.choices[_choose("strategy", kind, [*self.choices, "graph"])]
+            self.ops = replace(self.ops, **known[_choose(kind, choice, known)])
+
+    @classmethod
+    @abstractmethod
+    def why_unavailable(cls) -> str | None:
+        """Say why this machine cannot use the backend, or None if it can. Must not start the device."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What the device can do."""
+
+    @abstractmethod
+    def device(self, index: int | None = None) -> torch.device:
+        """The torch device, the current one unless `index` is given."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The device's name, for people."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Bytes in use, highest since the last reset, and in all."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Let the peak start again from what is in use."""
+
+    def synchronize(self) -> None:  # noqa: B027 - a device without a queue has nothing to wait for
+        """Wait until the device has done all it was given."""
+
+    def capture(self, module: nn.Module) -> nn.Module:
+        """Return the module in the chosen graph mode."""
+        return torch.compile(module) if self.graph_mode is GraphMode.COMPILE else module  # type: ignore[return-value]
+
+    def autocast_dtype(self) -> torch.dtype:
+        """The low-precision dtype for mixed-precision training."""
+        return torch.bfloat16
+
+    def trainer(self) -> tuple[type[Any], type[Any]]:
+        """The Trainer and TrainingArguments classes of this device."""
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer, TrainingArguments
+
+    @property
+    def strategies(self) -> dict[str, str]:
+        """The strategy in use of each kind, by name."""
+        in_use = {
+            kind: next(
+                name for name, fields in known.items() if all(getattr(self.ops, f) is v for f, v in fields.items())
+            )
+            for kind, known in self.choices.items()
+        }
+        return in_use | {"graph": self.graph_mode.value}
+
+
+def _choose(kind: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return the name if it is known; otherwise say which are, the nearest first."""
+    if name in known:
+        return name
+    near = get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no {kind} named {name!r}{hint} Known: {', '.join(known)}.")

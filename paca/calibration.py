@@ -1,0 +1,111 @@
+"""Ranks columns by what flows through them: one pass over a few batches before the adapter is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from paca.config import PacaConfig
+from paca.layer import in_out_features
+from paca.model import PacaModel, rank_of
+from paca.select import MEASURED, best_columns, shared_name
+
+
+def calibrate(
+    model: nn.Module,
+    config: PacaConfig,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> PacaConfig:
+    """Choose columns by `config.selection` on real data.
+
+    Scores per column j of a layer, summed over batches (and over layers that read the same input, if `share_columns`):
+    `activation_norm_*`: Σ x_j² over tokens; `gradient_norm`: ‖dW[:, j]‖² of each batch's gradient. A dW is formed for one layer at a time, reduced
+    to its column norms and dropped. The model is left as it was.
+
+    Args:
+        model: the base model, before `get_peft_model`.
+        config: its `selection` must be one of the measured kinds.
+        batches: mappings for `model(**batch)`, or whatever `loss` takes; each is moved nowhere.
+        loss: `loss(model, batch)`; by default `model(**batch).loss`. Only `gradient_norm` needs a loss.
+
+    Returns:
+        A copy of the config with `columns` set.
+
+    Raises:
+        ValueError: if the selection needs no calibration, no layer is targeted, or there is no batch.
+    """
+    if config.selection not in MEASURED:
+        raise ValueError(
+            f"selection={config.selection!r} needs no calibration; the measured ones are {', '.join(MEASURED)}"
+        )
+    targets = PacaModel.targets(model, config)
+    scores = {name: torch.zeros(in_out_features(module)[0], dtype=torch.float64) for name, module in targets.items()}
+    gradients = config.selection == "gradient_norm"
+    compute = loss or (lambda model, batch: model(**batch).loss)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    hooks: list[RemovableHandle] = []
+    seen = 0
+    try:
+        model.eval().requires_grad_(False)
+        hooks += [module.register_forward_hook(_observer(scores[name], gradients)) for name, module in targets.items()]
+        for batch in tqdm(batches, desc="calibrating", leave=False):
+            seen += 1
+            if gradients:
+                with torch.enable_grad():
+                    compute(model, batch).backward()  # type: ignore[no-untyped-call]
+            else:
+                with torch.no_grad():
+                    model(**batch) if isinstance(batch, Mapping) else compute(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if not seen:
+        raise ValueError("calibrate needs at least one batch, found none")
+    chosen = copy.deepcopy(config)
+    chosen.columns = {}
+    for name in targets:
+        together = [
+            other for other in targets if other == name or (config.share_columns and _same_input(targets, name, other))
+        ]
+        total = torch.stack([scores[other] for other in together]).sum(0)
+        columns = best_columns(total, rank_of(config, name), smallest=config.selection == "activation_norm_small")
+        chosen.columns[name] = columns.tolist()
+    return chosen
+
+
+def _same_input(targets: Mapping[str, nn.Module], name: str, other: str) -> bool:
+    return (
+        shared_name(name) == shared_name(other)
+        and in_out_features(targets[name])[0] == in_out_features(targets[other])[0]
+    )
+
+
+def _observer(score: Tensor, gradients: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Make a forward hook that adds one layer's column norms to `score`, (in,) float64 on the CPU."""
+
+    def observe(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        x = inputs[0].detach().reshape(-1, score.shape[0])
+        if not gradients:
+            score.add_(x.double().square().sum(0).cpu())
+            return
+        if not y.requires_grad:
+            y.requires_grad_(True)  # everything is frozen: the first targeted layer starts the graph
+
+        def add_gradient(gy: Tensor) -> None:
+            dw = gy.reshape(-1, gy.shape[-1]).t() @ x.to(gy.dtype)  # (out, in), of this layer alone
+            score.add_(dw.double().square().sum(0).cpu())
+
+        y.register_hook(add_gradient)
+
+    return observe

@@ -1,0 +1,143 @@
+"""The configuration of a PaCA adapter, saved beside it as `adapter_config.json`."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from paca.select import SELECTIONS
+
+RESIDENCIES = ("auto", "resident", "swap")
+BIASES = ("none", "all", "paca_only")
+
+
+class PacaPeftType(str, enum.Enum):
+    """PEFT's name for the method. A str enum of ours equals PEFT's own member wherever PEFT has one, and unpickles by importing paca."""
+
+    PACA = "PACA"
+
+
+PEFT_TYPE = getattr(PeftType, "PACA", PacaPeftType.PACA)
+
+
+@dataclass
+class PacaConfig(PeftConfig):
+    """Settings of a PaCA adapter. Names are those of PEFT's own PaCA and of `LoraConfig`; files are interchangeable with the former.
+
+    Args:
+        r: number of input columns trained in each targeted weight, 1 … in_features.
+        paca_alpha: the update is scaled by `paca_alpha / r`.
+        target_modules: names or suffixes of the layers to adapt, a regular expression, or "all-linear".
+        exclude_modules: names, suffixes or a regular expression of layers to leave out.
+        layers_to_transform: adapt only these layer numbers.
+        layers_pattern: name of the list that holds the layers, if it is not a usual one.
+        rank_pattern: another `r` for the modules whose name ends in the key (a regular expression), as in `LoraConfig`.
+        alpha_pattern: another `paca_alpha`, likewise.
+        fan_in_fan_out: accepted for compatibility; a Conv1D is recognised by its type.
+        bias: which biases train: "none", "all" or "paca_only" (those of adapted layers).
+        modules_to_save: other modules that train in full and are saved with the adapter.
+        init_weights: start from zero, so that the adapted model equals the base model; False is for tests.
+        random_seed: seed of the column choice, with each module's name.
+        selection: how columns are chosen: "random" (the paper), "weight_norm" (largest), or by a calibration pass (`paca.calibrate`)
+            "activation_norm_large", "activation_norm_small", "gradient_norm".
+        columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the adapter file has them.
+        share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather serves them.
+        residency: "resident": the weight holds the columns between steps; "swap": they are put in around each GEMM; "auto": resident
+            wherever the weight can hold them.
+        check_base: refuse to load onto another base model than the adapter was trained on.
+        base_fingerprint: what `check_base` compares with; written when the adapter is saved.
+    """
+
+    r: int = field(default=8, metadata={"help": "trained input columns per weight"})
+    paca_alpha: int = field(default=8, metadata={"help": "the update is scaled by paca_alpha / r"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "layers to adapt: names, a regex, or 'all-linear'"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "layers to leave out: names or a regex"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "adapt only these layer numbers"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the list that holds the layers"}
+    )
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "module name or regex -> another r"})
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "module name or regex -> another paca_alpha"}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "for compatibility; Conv1D is recognised by its type"}
+    )
+    bias: Literal["none", "all", "paca_only"] = field(
+        default="none", metadata={"help": "biases to train: none, all or paca_only"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained in full and saved with the adapter"}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "start from the base model"})
+    random_seed: int | None = field(default=0, metadata={"help": "seed of the column choice"})
+    selection: str = field(default="random", metadata={"help": f"how columns are chosen: {', '.join(SELECTIONS)}"})
+    columns: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "columns chosen by hand, module name -> numbers"}
+    )
+    share_columns: bool = field(
+        default=True, metadata={"help": "one column choice for layers that read the same input"}
+    )
+    residency: str = field(default="auto", metadata={"help": f"where trained columns live: {', '.join(RESIDENCIES)}"})
+    check_base: bool = field(default=True, metadata={"help": "refuse to load onto another base model"})
+    base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "written on save"})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            ValueError: naming the field, what was found and what is possible.
+        """
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name, rank in {
+            "r": self.r,
+            **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()},
+        }.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ValueError(f"`{name}` must be a whole number greater than 0, found {rank!r}")
+        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("residency", self.residency, RESIDENCIES)
+        _one_of("bias", self.bias, BIASES)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, without `columns`: the adapter file has them."""
+        chosen, self.columns = self.columns, None
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.columns = chosen
+
+
+def settings(config: PeftConfig) -> PacaConfig:
+    """Return a config as ours: one made by PEFT's own PaCA lacks the options that only we have."""
+    if isinstance(config, PacaConfig):
+        return config
+    known = PacaConfig.__dataclass_fields__
+    return PacaConfig(**{name: value for name, value in vars(config).items() if name in known and known[name].init})
+
+
+def _one_of(name: str, value: object, known: tuple[str, ...] | Mapping[str, Any]) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}; found {value!r}")

@@ -1,0 +1,15 @@
+"""The errors that are paca's own; everything else is raised as the built-in error that fits."""
+
+from __future__ import annotations
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that exists cannot be used on this machine; the message says why."""
+
+
+class StaleColumnsError(RuntimeError):
+    """A weight does not hold the columns that the adapter's values ask for."""
+
+
+class BaseMismatchError(ValueError):
+    """An adapter was made for another base model than the one it is loaded into."""

@@ -1,0 +1,35 @@
+"""Tells whether an adapter meets the base columns it was trained on.
+
+Deltas mean nothing on other weights, and shapes alone do not show it. The digest is taken of the columns rounded to bfloat16, so that a float32 and a
+bfloat16 copy of one checkpoint agree.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2s
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(columns: Tensor, in_features: int) -> str:
+    """Return `"<in>:<digest>"` of pretrained columns (out, r) of a weight with `in` inputs."""
+    rounded = columns.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
+    return f"{in_features}:{blake2s(rounded.numpy().tobytes(), digest_size=8).hexdigest()}"
+
+
+def in_features_of(recorded: str) -> int:
+    """Return the number of inputs that a fingerprint was made with."""
+    return int(recorded.partition(":")[0])
+
+
+def mismatch(expected: str, found: str, dtype: torch.dtype) -> str:
+    """Say how two fingerprints differ, or nothing if they agree.
+
+    A float16 weight is compared by size only: its smallest values are rounded differently from the same checkpoint in bfloat16.
+    """
+    if in_features_of(expected) != in_features_of(found):
+        return f"its layer has {in_features_of(expected)} inputs, this one {in_features_of(found)}"
+    if dtype != torch.float16 and expected != found:
+        return f"the pretrained values of its columns differ (fingerprint {expected}, found {found})"
+    return ""

@@ -1,0 +1,112 @@
+"""Keeps resident columns in step with their deltas: written once after each optimizer step, checked before the next.
+
+No single signal tells that a tensor changed. Fused and 8-bit optimizers do not raise its version count; DeepSpeed steps flat copies and writes
+the model's tensors later; `.data` edits leave no trace. So three are used together: torch's global optimizer hook writes the layers whose deltas
+the optimizer owns, and where it owns none it starts a new *epoch*; each forward compares a key made of epoch, versions and addresses and
+writes if it differs (`PacaLayer.sync`); and a spot check before each step compares the weight itself with what it should hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from paca.layer import PacaLayer
+
+ROWS_PER_CHECK = 8
+
+_layers: WeakSet[PacaLayer] = WeakSet()
+_steps = count()
+_epoch = 0
+_hooked = False
+
+
+def watch(layer: PacaLayer) -> None:
+    """Keep a layer's columns fresh from now on; deep copies and unpickled layers call it too."""
+    global _hooked
+    if not _hooked:  # not at import: a process that never adapts a model pays nothing
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+        _hooked = True
+    _layers.add(layer)
+
+
+def forget(layer: PacaLayer) -> None:
+    """Leave a layer's weight alone from now on."""
+    _layers.discard(layer)
+
+
+def epoch() -> int:
+    """Count the optimizer steps that may have changed any delta without a trace."""
+    return _epoch
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Write every adapted column again from its delta.
+
+    Needed only where values were changed behind torch's back: `.data` edits, custom kernels, or edits of a model that runs compiled.
+    """
+    write(_paca_layers(model))
+
+
+@torch.no_grad()
+def verify(model: nn.Module) -> None:
+    """Check that every resident weight holds exactly the columns that its deltas ask for.
+
+    Raises:
+        StaleColumnsError: if one does not; the message names the layer.
+    """
+    for layer in _paca_layers(model):
+        layer.check_columns()
+
+
+def write(layers: Iterable[PacaLayer]) -> None:
+    """Write the columns of many layers, those of one backend in one call."""
+    by_ops: dict[Any, list[PacaLayer]] = {}
+    for layer in layers:
+        if layer.prepare_write():
+            by_ops.setdefault(layer.ops, []).append(layer)
+    for ops, group in by_ops.items():
+        ops.write_columns([layer.column_write() for layer in group])
+        for layer in group:
+            layer.mark_written()
+
+
+def _paca_layers(model: nn.Module) -> list[PacaLayer]:
+    from paca.layer import PacaLayer
+
+    return [module for module in model.modules() if isinstance(module, PacaLayer)]
+
+
+def _owned(optimizer: Optimizer) -> list[PacaLayer]:
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [layer for layer in list(_layers) if not parameters.isdisjoint(map(id, layer.paca_delta.values()))]
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    layers = _owned(optimizer) if _layers else []
+    step = next(_steps)
+    if layers and step % layers[0].steps_per_check == 0:
+        layers[step // layers[0].steps_per_check % len(layers)].check_columns(rows=ROWS_PER_CHECK)
+
+
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _epoch
+    if not _layers:
+        return
+    layers = _owned(optimizer)
+    if layers:
+        write(layers)
+    else:
+        _epoch += 1

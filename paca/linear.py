@@ -1,0 +1,132 @@
+"""PaCA's linear map and its gradients (arXiv 2503.01905, section 3).
+
+    Y  = X W'ᵀ + b               W' = W0 + s·Δ·Sᵀ, S picks the trained columns
+    dX = dY W'
+    dΔ = s · dYᵀ X[..., index]   the only use of X: nothing else of it is kept
+    db = Σ dY                    if the bias trains
+
+The value of Δ is not needed here: the weight that is passed in holds it already (*resident*), or is made to hold it around each GEMM (*swap*).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from paca.backend import Ops
+from paca.errors import StaleColumnsError
+from paca.strategies import ColumnWrite, adapted_columns
+
+
+class Held:
+    """What a resident weight holds now, as an opaque key; None for the pretrained values.
+
+    The weight is saved for backward by reference and is written in place, so a backward compares the key with that of its forward. Autograd's
+    own version count would refuse a weight that was restored and written again with the same values in between, as a reference model does.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self) -> None:
+        self.key: object = None
+
+
+_backwards = 0
+
+
+def backwards() -> int:
+    """Count the backward passes of eager layers so far: between two of them an activation's channels may be remembered."""
+    return _backwards
+
+
+class PacaLinear(Function):
+    """`PacaLinear.apply(x, xs, weight, bias, delta, index, scale, base, held, ops)` returns y, (…, out).
+
+    Args of `apply`:
+        x: (…, in); xs: x[..., index], (…, r), or None if no delta trains; both in the dtype of the GEMM.
+        weight: (out, in), frozen. Cast to x's dtype where autocast made them differ.
+        bias: (out,) or None.
+        delta: (out, r), float32; takes the gradient.
+        index: (r,) int64. scale: s.
+        base: None if the weight holds the adapted columns; else its pretrained columns (out, r), and they are swapped in.
+        held: the weight's `Held`, None under torch.compile and when swapping.
+        ops: the backend's operations.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        xs: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        delta: Tensor,
+        index: Tensor,
+        scale: float,
+        base: Tensor | None,
+        held: Held | None,
+        ops: Ops,
+    ) -> Tensor:
+        """Compute Y and keep what the gradients need."""
+        ctx.scale, ctx.ops, ctx.held = scale, ops, held
+        if held is None:
+            ctx.save_for_backward(xs, weight, *(() if base is None else (delta, index, base)))
+        else:
+            ctx.save_for_backward(xs)
+            ctx.weight, ctx.key = weight, held.key
+        with columns_in(weight, index, base, delta, scale, ops) as adapted:
+            return ops.forward(x, adapted.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute dX, db and dΔ, each only if asked for."""
+        global _backwards
+        if not torch.compiler.is_compiling():
+            _backwards += 1
+        xs, *rest = ctx.saved_tensors
+        weight = ctx.weight if ctx.held is not None else rest[0]
+        delta, index, base = rest[1:] if len(rest) > 1 else (None, None, None)
+        gx = gbias = gdelta = None
+        if ctx.needs_input_grad[0]:
+            if ctx.held is not None and ctx.held.key != ctx.key:
+                raise StaleColumnsError(
+                    "the adapted columns changed between forward and backward (by an optimizer step, a switch of adapters or a load); "
+                    "run backward before changing them, or repeat the forward"
+                )
+            with columns_in(weight, index, base, delta, ctx.scale, ctx.ops) as adapted:
+                gx = ctx.ops.grad_input(gy, adapted.to(gy.dtype))
+        if ctx.needs_input_grad[3]:
+            gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if gy.numel() else gy.new_zeros(gy.shape[-1])
+        if ctx.needs_input_grad[4]:
+            gdelta = ctx.ops.grad_columns(gy, xs)
+            if ctx.scale != 1.0:
+                gdelta = gdelta * ctx.scale
+        return gx, None, None, gbias, gdelta, None, None, None, None, None
+
+
+@contextmanager
+def columns_in(
+    weight: Tensor, index: Tensor | None, base: Tensor | None, delta: Tensor | None, scale: float, ops: Ops
+) -> Iterator[Tensor]:
+    """Give the weight with its adapted columns; where `base` is given they are put in for the block and taken out after it."""
+    if base is None or index is None or delta is None:
+        yield weight
+        return
+    if torch.compiler.is_compiling():  # a graph may not write to its inputs and back: it gets an adapted copy
+        yield weight.index_copy(1, index, adapted_columns(base, delta, scale))
+        return
+    # `.data` has a version count of its own: other layers that saved a tied weight for backward see it unchanged, as it is by then.
+    plain = weight.data
+    before = plain.index_select(1, index)
+    ops.write_columns([ColumnWrite(plain, index, base, delta.detach(), scale)])
+    try:
+        yield weight
+    finally:
+        plain.index_copy_(1, index, before)

@@ -1,0 +1,314 @@
+"""The PEFT tuner: finds the targeted layers of a model and turns them into PaCA layers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from paca.config import PacaConfig, settings
+from paca.fingerprint import fingerprint
+from paca.layer import PacaLayer, in_out_features, why_not_resident
+from paca.registry import get_backend
+from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
+
+logger = logging.getLogger("paca")
+
+
+class PacaModel(BaseTuner):
+    """A model whose targeted linear layers train some of their input columns in place.
+
+    Usually made by `peft.get_peft_model(model, PacaConfig(...))`. Layers use the backend that is current when they are made.
+
+    Raises:
+        ValueError, TypeError: before any layer is replaced, if the config does not fit the model.
+    """
+
+    prefix = "paca_"
+    tuner_layer_cls = PacaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------ making layers
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.random_seed is None:  # as upstream: any columns; noted, so that they can be drawn again
+            peft_config.random_seed = int(torch.randint(2**31, (), device="cpu"))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the model, after checking that all of it can be added."""
+        known_tensors = kwargs.get("state_dict")
+        config = settings(self.peft_config[adapter_name])
+        self._tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
+            self._check_fits(model, config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._report_residency(config, adapter_name)
+
+    @classmethod
+    def targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
+        """Return the base layers that a config would adapt, by module name.
+
+        Raises:
+            TypeError: if one of them cannot be adapted.
+            ValueError: if there are none, or no targets are given and the architecture has no usual ones.
+        """
+        probe = copy.copy(settings(config))
+        if probe.target_modules is None:
+            usual = cls.target_module_mapping.get(cls.get_model_config(model).get("model_type"))
+            if usual is None:
+                raise ValueError("Please specify `target_modules` in `peft_config`")
+            probe.target_modules = usual
+        probe = _maybe_include_all_linear_layers(probe, model)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        found = {}
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside) or not _matches(probe, name):
+                continue
+            found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            try:
+                in_out_features(found[name])
+            except TypeError as error:
+                raise TypeError(f"{name}: {error} Name other target_modules or exclude it.") from None
+        return found
+
+    def _check_fits(self, model: nn.Module, config: PacaConfig) -> None:
+        """Find what would fail half-way through the injection."""
+        widths = {name: in_out_features(module)[0] for name, module in self.targets(model, config).items()}
+        if too_wide := {name: width for name, width in widths.items() if rank_of(config, name) > width}:
+            name, width = min(too_wide.items(), key=lambda item: item[1])
+            raise ValueError(
+                f"r = {rank_of(config, name)} is more than the {width} input columns of {name} ({len(too_wide)} of {len(widths)} targeted "
+                f"layers have fewer than r); choose r ≤ {width}, set rank_pattern for these layers, or exclude them"
+            )
+        if config.selection in MEASURED and widths and not config.columns:
+            raise ValueError(
+                f"selection={config.selection!r} needs a calibration pass: config = paca.calibrate(model, config, batches), then get_peft_model"
+            )
+        for key, columns in (config.columns or {}).items():
+            named = [name for name in widths if _names(key, name)]
+            if not named:
+                raise ValueError(f"columns[{key!r}] matches no targeted layer")
+            for name in named:
+                checked_columns(columns, widths[name], name)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = settings(peft_config)
+        layer = target if isinstance(target, PacaLayer) else None
+        if layer is None:
+            layer = PacaLayer(target, current_key, get_backend(), self._residency(config, target, current_key))
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.paca_alpha)
+        layer.update_layer(
+            adapter_name,
+            self._select(config, layer, parent, current_key),
+            alpha,
+            init_weights=config.init_weights,
+            inference_mode=config.inference_mode,
+            fingerprint=(config.base_fingerprint or {}).get(current_key, "") if config.check_base else "",
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _residency(self, config: PacaConfig, target: nn.Module, name: str) -> str:
+        """Decide where the columns of a layer live between steps."""
+        weight = target.get_base_layer().weight if isinstance(target, BaseTunerLayer) else target.weight
+        assert isinstance(weight, Tensor)
+        why = "the weight is tied to another module's" if self._tied[id(weight)] > 1 else why_not_resident(weight)
+        if config.residency == "resident" and why:
+            raise ValueError(
+                f"{name}: residency='resident' is impossible because {why}; use 'auto' or 'swap', or exclude the module"
+            )
+        if config.residency != "auto":
+            return config.residency
+        if why:
+            self._swapped = {**getattr(self, "_swapped", {}), name: why}
+        return "swap" if why else "resident"
+
+    def _select(self, config: PacaConfig, layer: PacaLayer, parent: nn.Module, name: str) -> Tensor:
+        """Choose the columns of one layer, (r,) int64 on the CPU."""
+        chosen = next((columns for key, columns in (config.columns or {}).items() if _names(key, name)), None)
+        if chosen is not None:
+            return checked_columns(chosen, layer.in_features, name)
+        r = rank_of(config, name)
+        if config.selection == "weight_norm":
+            return best_columns(weight_norms(list(self._weights_with_same_input(config, layer, parent, name))), r)
+        drawn_as = shared_name(name) if config.share_columns else name
+        with torch.device("cpu"):  # low_cpu_mem_usage makes everything else on the meta device
+            return random_columns(layer.in_features, r, config.random_seed or 0, drawn_as)
+
+    def _weights_with_same_input(
+        self, config: PacaConfig, layer: PacaLayer, parent: nn.Module, name: str
+    ) -> Iterator[Tensor]:
+        """Give the pretrained weights (out, in) that are ranked together with a layer's own."""
+        yield layer.pretrained_weight()
+        prefix = name.rpartition(".")[0]
+        for leaf, sibling in parent.named_children() if config.share_columns else ():
+            other = f"{prefix}.{leaf}" if prefix else leaf
+            if other == name or shared_name(other) != shared_name(name) or not _matches(config, other):
+                continue
+            if isinstance(sibling, PacaLayer) and sibling.in_features == layer.in_features:
+                yield sibling.pretrained_weight()
+            elif isinstance(sibling, nn.Linear) and sibling.in_features == layer.in_features:
+                yield sibling.weight
+
+    def _report_residency(self, config: PacaConfig, adapter_name: str) -> None:
+        """Print where the columns live; one line, louder if something cannot be resident."""
+        layers = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, PacaLayer) and adapter_name in module.paca_delta
+        ]
+        swapped = {
+            layer.name: getattr(self, "_swapped", {}).get(layer.name, "")
+            for layer in layers
+            if layer.residency == "swap"
+        }
+        logger.info(
+            "paca: %d layers adapted, %d resident, %d swapped", len(layers), len(layers) - len(swapped), len(swapped)
+        )
+        if reasons := {name: why for name, why in swapped.items() if why}:
+            name, why = next(iter(reasons.items()))
+            more = f" (and {len(reasons) - 1} more layers)" if len(reasons) > 1 else ""
+            logger.warning(
+                "paca: %s%s: %s, so its columns are swapped in around each GEMM; that is slower and as exact",
+                name,
+                more,
+                why,
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are made in float32; `autocast_adapter_dtype=False` asks for the weight's dtype instead."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
+        for module in self.model.modules():
+            if isinstance(module, PacaLayer) and adapter_name in module.paca_delta:
+                delta = module.paca_delta[adapter_name]
+                module.paca_delta[adapter_name] = nn.Parameter(
+                    delta.to(module.get_base_layer().weight.dtype), delta.requires_grad
+                )
+                module.sync()
+
+    # ------------------------------------------------------------------ adapters together
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Make an adapter whose update is the weighted sum of others', exactly: it trains the union of their columns.
+
+        Args:
+            adapters: names of existing adapters.
+            weights: a factor for each; negative ones subtract.
+            adapter_name: the new one; nothing happens if it exists, as with LoRA.
+            combination_type: "linear" or "cat"; both mean the same sum here, because columns are disjoint or added.
+
+        Raises:
+            ValueError: for an unknown adapter or type, or lists of different length.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Adapter {unknown[0]} does not exist; there are {', '.join(self.peft_config)}")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"{len(adapters)} adapters need as many weights, found {len(weights)}")
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(f"combination_type must be 'linear' or 'cat', found {combination_type!r}")
+        if saved := [name for name in adapters if self.peft_config[name].modules_to_save]:
+            raise ValueError(f"adapter {saved[0]!r} has modules_to_save, which cannot be summed")
+
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, PacaLayer)}
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, layer in layers.items():
+            used = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.paca_delta]
+            if not used:
+                continue
+            index = torch.cat([layer.paca_indices[a] for a, _ in used]).unique()
+            delta = layer.paca_delta[used[0][0]].detach().new_zeros(layer.out_features, len(index))
+            for adapter, weight in used:
+                position = torch.searchsorted(index, layer.paca_indices[adapter])
+                delta.index_add_(1, position, layer.paca_delta[adapter].detach(), alpha=weight * layer.scaling[adapter])
+            sums[name] = index, delta
+
+        config = copy.deepcopy(settings(self.peft_config[adapters[0]]))
+        config.columns = {f"^{re.escape(name)}": index.tolist() for name, (index, _) in sums.items()}
+        config.r = max(len(index) for index, _ in sums.values())
+        config.rank_pattern = {
+            f"^{re.escape(name)}": len(index) for name, (index, _) in sums.items() if len(index) != config.r
+        }
+        config.alpha_pattern = {
+            f"^{re.escape(name)}": len(index) for name, (index, _) in sums.items() if len(index) != config.r
+        }
+        config.paca_alpha, config.target_modules, config.exclude_modules = config.r, set(sums), None
+        config.layers_to_transform = config.layers_pattern = None
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for name, (_, delta) in sums.items():
+                layers[name].paca_delta[adapter_name].copy_(delta)
+                layers[name].sync()
+
+    # ------------------------------------------------------------------ leaving and saving
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select the adapter's tensors, and note in its config which base columns they belong to."""
+        if isinstance(config, PacaConfig):
+            config.base_fingerprint = {
+                layer.name: fingerprint(layer.base_columns(adapter_name), layer.in_features)
+                for layer in model.modules()
+                if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.has_values(adapter_name)
+            } or None
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return state
+
+
+def _matches(config: Any, name: str) -> bool:
+    """Whether a config targets the module of this name."""
+    found = check_target_module_exists(config, name)
+    return bool(found) and not isinstance(found, _ExcludedModule)
+
+
+def rank_of(config: PacaConfig, name: str) -> int:
+    """The rank of one module, by `rank_pattern` if it matches."""
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+
+
+def _names(key: str, name: str) -> bool:
+    """Whether a key of `columns` means this module, as the keys of `rank_pattern` do."""
+    return get_pattern_key([key], name) == key
