@@ -1,4 +1,7 @@
-"""The interface: what the algorithm asks of a device. A backend answers it; nothing else in paca knows which device there is."""
+"""The interface: what the algorithm asks of a device.
+
+A backend answers it; nothing else in paca knows which device there is.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class GraphMode(str, Enum):
 
 @dataclass(frozen=True)
 class Ops:
-    """A backend's chosen way for each tensor step. Every field is a module-level function, so the choice can be pickled, compared and compiled."""
+    """A backend's chosen way for each tensor step.
+
+    Every field is a module-level function, so that the choice can be pickled, compared and compiled.
+    """
 
     gather: Callable[[Tensor, Tensor], Tensor] = strategies.gather_index_select  # x, index -> x[..., index]
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor] = strategies.forward_linear  # x, weight, bias -> y

@@ -26,8 +26,8 @@ def calibrate(
     """Choose columns by `config.selection` on real data.
 
     Scores per column j of a layer, summed over batches (and over layers that read the same input, if `share_columns`):
-    `activation_norm_*`: Σ x_j² over tokens; `gradient_norm`: ‖dW[:, j]‖² of each batch's gradient. A dW is formed for one layer at a time, reduced
-    to its column norms and dropped. The model is left as it was.
+    `activation_norm_*`: Σ x_j² over tokens; `gradient_norm`: ‖dW[:, j]‖² of each batch's gradient. A dW is formed for
+    one layer at a time, reduced to its column norms and dropped. The model is left as it was.
 
     Args:
         model: the base model, before `get_peft_model`.
@@ -60,7 +60,7 @@ def calibrate(
             seen += 1
             if gradients:
                 with torch.enable_grad():
-                    compute(model, batch).backward()  # type: ignore[no-untyped-call]
+                    compute(model, batch).backward()
             else:
                 with torch.no_grad():
                     model(**batch) if isinstance(batch, Mapping) else compute(model, batch)

@@ -17,17 +17,22 @@ BIASES = ("none", "all", "paca_only")
 
 
 class PacaPeftType(str, enum.Enum):
-    """PEFT's name for the method. A str enum of ours equals PEFT's own member wherever PEFT has one, and unpickles by importing paca."""
+    """PEFT's name for the method.
+
+    A str enum of ours equals PEFT's own member wherever PEFT has one, and unpickles by importing paca.
+    """
 
     PACA = "PACA"
 
 
-PEFT_TYPE = getattr(PeftType, "PACA", PacaPeftType.PACA)
+PEFT_TYPE: Any = getattr(PeftType, "PACA", PacaPeftType.PACA)
 
 
 @dataclass
 class PacaConfig(PeftConfig):
-    """Settings of a PaCA adapter. Names are those of PEFT's own PaCA and of `LoraConfig`; files are interchangeable with the former.
+    """Settings of a PaCA adapter.
+
+    Names are those of PEFT's own PaCA and of `LoraConfig`; files are interchangeable with the former.
 
     Args:
         r: number of input columns trained in each targeted weight, 1 … in_features.
@@ -43,12 +48,14 @@ class PacaConfig(PeftConfig):
         modules_to_save: other modules that train in full and are saved with the adapter.
         init_weights: start from zero, so that the adapted model equals the base model; False is for tests.
         random_seed: seed of the column choice, with each module's name.
-        selection: how columns are chosen: "random" (the paper), "weight_norm" (largest), or by a calibration pass (`paca.calibrate`)
-            "activation_norm_large", "activation_norm_small", "gradient_norm".
-        columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the adapter file has them.
-        share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather serves them.
-        residency: "resident": the weight holds the columns between steps; "swap": they are put in around each GEMM; "auto": resident
-            wherever the weight can hold them.
+        selection: how columns are chosen: "random" (the paper), "weight_norm" (largest), or by a calibration pass
+            (`paca.calibrate`) "activation_norm_large", "activation_norm_small", "gradient_norm".
+        columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the
+            adapter file has them.
+        share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather
+            serves them.
+        residency: "resident": the weight holds the columns between steps; "swap": they are put in around each GEMM;
+            "auto": resident wherever the weight can hold them.
         check_base: refuse to load onto another base model than the adapter was trained on.
         base_fingerprint: what `check_base` compares with; written when the adapter is saved.
     """
@@ -99,7 +106,7 @@ class PacaConfig(PeftConfig):
         Raises:
             ValueError: naming the field, what was found and what is possible.
         """
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

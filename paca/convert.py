@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -101,7 +100,7 @@ def _lora_config(config: Any) -> LoraConfig:
 
 
 def _lora_tensors(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Map `<module>.paca_delta`, `<module>.paca_indices` to `<module>.lora_B.weight`, `<module>.lora_A.weight`; others pass."""
+    """Rename and expand `<module>.paca_delta`, `<module>.paca_indices` to LoRA's two matrices; others pass."""
     widths = {name: in_features_of(recorded) for name, recorded in (settings(config).base_fingerprint or {}).items()}
     lora: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -114,8 +113,8 @@ def _lora_tensors(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name = module.removeprefix("base_model.model.")
         if name not in widths:
             raise ValueError(
-                f"the adapter does not record the width of {name} (it was saved by another library); load it on its base model and call "
-                "paca.convert_to_lora(model)"
+                f"the adapter does not record the width of {name} (it was saved by another library); load it on its "
+                "base model and call paca.convert_to_lora(model)"
             )
         if f"{module}{_INDICES}" not in tensors:
             raise ValueError(f"the adapter has no column numbers for {name}: {module}{_INDICES} is missing")

@@ -1,7 +1,7 @@
 """Tells whether an adapter meets the base columns it was trained on.
 
-Deltas mean nothing on other weights, and shapes alone do not show it. The digest is taken of the columns rounded to bfloat16, so that a float32 and a
-bfloat16 copy of one checkpoint agree.
+Deltas mean nothing on other weights, and shapes alone do not show it. The digest is taken of the columns rounded to
+bfloat16, so that a float32 and a bfloat16 copy of one checkpoint agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def in_features_of(recorded: str) -> int:
 def mismatch(expected: str, found: str, dtype: torch.dtype) -> str:
     """Say how two fingerprints differ, or nothing if they agree.
 
-    A float16 weight is compared by size only: its smallest values are rounded differently from the same checkpoint in bfloat16.
+    A float16 weight is compared by size only: its smallest values are rounded differently from the same checkpoint in
+    bfloat16.
     """
     if in_features_of(expected) != in_features_of(found):
         return f"its layer has {in_features_of(expected)} inputs, this one {in_features_of(found)}"

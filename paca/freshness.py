@@ -1,9 +1,10 @@
 """Keeps resident columns in step with their deltas: written once after each optimizer step, checked before the next.
 
-No single signal tells that a tensor changed. Fused and 8-bit optimizers do not raise its version count; DeepSpeed steps flat copies and writes
-the model's tensors later; `.data` edits leave no trace. So three are used together: torch's global optimizer hook writes the layers whose deltas
-the optimizer owns, and where it owns none it starts a new *epoch*; each forward compares a key made of epoch, versions and addresses and
-writes if it differs (`PacaLayer.sync`); and a spot check before each step compares the weight itself with what it should hold.
+No single signal tells that a tensor changed. Fused and 8-bit optimizers do not raise its version count; DeepSpeed steps
+flat copies and writes the model's tensors later; `.data` edits leave no trace. So three are used together: torch's
+global optimizer hook writes the layers whose deltas the optimizer owns, and where it owns none it starts a new *epoch*;
+each forward compares a key made of epoch, versions and addresses and writes if it differs (`PacaLayer.sync`); and a
+spot check before each step compares the weight itself with what it should hold.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def epoch() -> int:
 def refresh(model: nn.Module) -> None:
     """Write every adapted column again from its delta.
 
-    Needed only where values were changed behind torch's back: `.data` edits, custom kernels, or edits of a model that runs compiled.
+    Needed only where values were changed behind torch's back: `.data` edits, custom kernels, or edits of a model that
+    runs compiled.
     """
     write(_paca_layers(model))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -21,12 +21,16 @@ from paca.linear import Held, PacaLinear, backwards, columns_in
 from paca.select import checked_columns
 from paca.strategies import ColumnWrite, adapted_columns
 
+# What an activation remembers: when it was gathered from, and its channels by column set and dtype.
+_Gathered = tuple[object, dict[tuple[bytes, torch.dtype], Tensor]]
+
 
 class PacaLayer(nn.Module, BaseTunerLayer):
     """`base_layer` with trained columns `W[:, index] = W0[:, index] + s·Δ` for each active adapter.
 
-    While an adapter is active `base_layer.weight` *holds* the adapted columns, and `state_dict` still gives the pretrained ones. A weight that
-    cannot hold them (`residency == "swap"`) gets them around each GEMM instead. Overlapping columns of several adapters add up.
+    While an adapter is active `base_layer.weight` *holds* the adapted columns, and `state_dict` still gives the
+    pretrained ones. A weight that cannot hold them (`residency == "swap"`) gets them around each GEMM instead.
+    Overlapping columns of several adapters add up.
 
     Args:
         base_layer: an `nn.Linear` or a transformers `Conv1D`.
@@ -58,9 +62,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._home: Tensor | None = None
         self.in_features, self.out_features = in_out_features(base_layer)
         freshness.watch(self)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ adapters
+
+    def get_base_layer(self) -> nn.Linear:
+        """Return the wrapped layer; a Conv1D has the same attributes as far as they are used here."""
+        return super().get_base_layer()  # type: ignore[return-value]
 
     def update_layer(
         self,
@@ -72,9 +80,12 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         inference_mode: bool = False,
         fingerprint: str = "",
     ) -> None:
-        """Add an adapter that trains the columns `index`, (r,) int64, with Δ = 0 unless `init_weights` is False (for tests)."""
+        """Add an adapter that trains the columns `index`, (r,) int64.
+
+        Δ starts at 0 unless `init_weights` is False (for tests).
+        """
         r = len(index)
-        weight = self.base_layer.weight if hasattr(self.base_layer, "weight") else self.get_base_layer().weight
+        weight = self.get_base_layer().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = torch.zeros(self.out_features, r, dtype=dtype)
         if not init_weights:
@@ -116,7 +127,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.sync()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to the weight's device. Its dtype stays: PEFT's own would round a loaded float32 delta to the weight's dtype."""
+        """Move an adapter to the weight's device.
+
+        Its dtype stays: PEFT's own way would round a loaded float32 delta to the weight's dtype.
+        """
         device = device or self.get_base_layer().weight.device
         if device.type == "meta" or adapter_name not in self.paca_delta or self.paca_delta[adapter_name].is_meta:
             return
@@ -129,8 +143,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Apply the layer to `x`, (…, in); returns (…, out)."""
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError(
-                "PaCA keeps one set of columns in the weight, so one batch cannot mix adapters: run one batch per adapter with set_adapter, "
-                "or export the adapters with paca.convert_to_lora and mix those"
+                "PaCA keeps one set of columns in the weight, so one batch cannot mix adapters: run one batch per "
+                "adapter with set_adapter, or export the adapters with paca.convert_to_lora and mix those"
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -181,20 +195,23 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return self.ops.gather(x.detach(), columns.index).to(dtype)
         now = (x._version, backwards())
-        then, slices = getattr(x, "_paca_gathered", (None, {}))
+        then, slices = cast(_Gathered, getattr(x, "_paca_gathered", (None, {})))
         if then != now:
             slices = {}
             x._paca_gathered = (now, slices)  # type: ignore[attr-defined]
         key = (columns.key, dtype)
         if key not in slices:
             slices[key] = self.ops.gather(x.detach(), columns.index).to(dtype)
-        return slices[key]  # type: ignore[no-any-return]
+        return slices[key]
 
     # ------------------------------------------------------------------ write and undo
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Make the weight hold what it should, writing only if something changed; does nothing before values are loaded."""
+        """Make the weight hold what it should, writing only if something changed.
+
+        Does nothing before values are loaded.
+        """
         names = self._wanted()
         if self.merged:
             if self._held.key is None:
@@ -258,14 +275,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             or self._held.key != self._key(names)
         ):
             return  # not resident, or known to be out of date: the next forward writes
-        weight, index, base, delta, scale = self.column_write()
+        write = self.column_write()
         some = slice(0, None, 1 if rows is None else math.ceil(self.out_features / rows))
-        found, wanted = weight[some].index_select(1, index), adapted_columns(base[some], delta[some], scale)
+        found = write.weight[some].index_select(1, write.index)
+        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
         if not torch.equal(found.nan_to_num(), wanted.nan_to_num()):
             raise StaleColumnsError(
-                f"{self.name}: the weight does not hold the adapter's columns. Its delta or its weight was changed in a way torch cannot see "
-                "(.data, a custom kernel, or an edit of a compiled model). Call paca.refresh(model) after such a change; edit base weights "
-                "inside `with model.disable_adapter():`."
+                f"{self.name}: the weight does not hold the adapter's columns. Its delta or its weight was changed in "
+                "a way torch cannot see (.data, a custom kernel, or an edit of a compiled model). Call "
+                "paca.refresh(model) after such a change; edit base weights inside `with model.disable_adapter():`."
             )
 
     @torch.no_grad()
@@ -373,7 +391,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the base layer, holding the adapted columns if `merge`, the pretrained ones otherwise. The layer is spent."""
+        """Return the base layer, holding the adapted columns if `merge`, else the pretrained ones.
+
+        The layer is spent.
+        """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
@@ -419,7 +440,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return self._ready([adapter]) and not is_sharded(self.get_base_layer().weight)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As `nn.Module.state_dict`, with the pretrained weight: the copy costs memory for as long as the caller keeps it."""
+        """As `nn.Module.state_dict`, with the pretrained weight.
+
+        The copy costs memory for as long as the caller keeps it.
+        """
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         key = f"{prefix}base_layer.weight"
         if self._held.key is not None and self._columns is not None and not self.merged and key in state:
@@ -434,14 +458,17 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._columns is not None:
             self._columns.apply(fn)
         self._home = None
         return self
 
     def train(self, mode: bool = True) -> PacaLayer:
-        """Set the mode; a change of mode looks at the columns anew, because averaged weights are often copied in just before."""
+        """Set the mode.
+
+        A change of mode writes the columns anew, because averaged weights are often copied in just before.
+        """
         changed = mode != self.training
         super().train(mode)
         if changed and self._held.key is not None and not self.merged:
@@ -450,7 +477,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         freshness.watch(self)
 
     def extra_repr(self) -> str:
@@ -475,7 +502,8 @@ class Columns:
         with torch.inference_mode(False):  # or autograd could not use them later
             self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices)).unique()
             self.base = weight.detach().index_select(1, self.index)
-            self.positions = None if len(indices) == 1 else [torch.searchsorted(self.index, index) for index in indices]
+            one = len(indices) == 1
+            self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
         self.key = self.index.cpu().numpy().tobytes()
 
     def covers(self, names: Sequence[str], weight: Tensor) -> bool:
@@ -514,7 +542,8 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
         else ""
     )
     raise TypeError(
-        f"PaCA adapts torch.nn.Linear and transformers Conv1D, found {type(layer).__module__}.{type(layer).__name__}.{own}"
+        f"PaCA adapts torch.nn.Linear and transformers Conv1D, found "
+        f"{type(layer).__module__}.{type(layer).__name__}.{own}"
     )
 
 
@@ -558,7 +587,8 @@ def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
         found = fingerprint(layer.base_columns(name), layer.in_features)
         if expected and (why := mismatch(expected, found, layer.get_base_layer().weight.dtype)):
             raise BaseMismatchError(
-                f"{layer.name}: adapter {name!r} was made for another base model: {why}. Load it on the base it was trained on, or, if you "
-                "mean it, pass a config with check_base=False: config = PeftConfig.from_pretrained(…); config.check_base = False"
+                f"{layer.name}: adapter {name!r} was made for another base model: {why}. Load it on the base it was "
+                "trained on, or, if you mean it, pass a config with check_base=False: "
+                "config = PeftConfig.from_pretrained(…); config.check_base = False"
             )
     layer.sync()

@@ -5,7 +5,8 @@
     dΔ = s · dYᵀ X[..., index]   the only use of X: nothing else of it is kept
     db = Σ dY                    if the bias trains
 
-The value of Δ is not needed here: the weight that is passed in holds it already (*resident*), or is made to hold it around each GEMM (*swap*).
+The value of Δ is not needed here: the weight that is passed in holds it already (*resident*), or is made to hold it
+around each GEMM (*swap*).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from paca.strategies import ColumnWrite, adapted_columns
 class Held:
     """What a resident weight holds now, as an opaque key; None for the pretrained values.
 
-    The weight is saved for backward by reference and is written in place, so a backward compares the key with that of its forward. Autograd's
-    own version count would refuse a weight that was restored and written again with the same values in between, as a reference model does.
+    The weight is saved for backward by reference and is written in place, so a backward compares the key with that of
+    its forward. Autograd's own version count would refuse a weight that was restored and written again with the same
+    values in between, as a reference model does.
     """
 
     __slots__ = ("key",)
@@ -41,7 +43,10 @@ _backwards = 0
 
 
 def backwards() -> int:
-    """Count the backward passes of eager layers so far: between two of them an activation's channels may be remembered."""
+    """Count the backward passes of eager layers so far.
+
+    Between two of them an activation's channels may be remembered.
+    """
     return _backwards
 
 
@@ -54,13 +59,14 @@ class PacaLinear(Function):
         bias: (out,) or None.
         delta: (out, r), float32; takes the gradient.
         index: (r,) int64. scale: s.
-        base: None if the weight holds the adapted columns; else its pretrained columns (out, r), and they are swapped in.
+        base: None if the weight holds the adapted columns; else its pretrained columns (out, r), and they are swapped
+            in.
         held: the weight's `Held`, None under torch.compile and when swapping.
         ops: the backend's operations.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         xs: Tensor | None,
@@ -84,7 +90,7 @@ class PacaLinear(Function):
             return ops.forward(x, adapted.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute dX, db and dΔ, each only if asked for."""
         global _backwards
@@ -97,8 +103,8 @@ class PacaLinear(Function):
         if ctx.needs_input_grad[0]:
             if ctx.held is not None and ctx.held.key != ctx.key:
                 raise StaleColumnsError(
-                    "the adapted columns changed between forward and backward (by an optimizer step, a switch of adapters or a load); "
-                    "run backward before changing them, or repeat the forward"
+                    "the adapted columns changed between forward and backward (by an optimizer step, a switch of "
+                    "adapters or a load); run backward before changing them, or repeat the forward"
                 )
             with columns_in(weight, index, base, delta, ctx.scale, ctx.ops) as adapted:
                 gx = ctx.ops.grad_input(gy, adapted.to(gy.dtype))
@@ -115,14 +121,18 @@ class PacaLinear(Function):
 def columns_in(
     weight: Tensor, index: Tensor | None, base: Tensor | None, delta: Tensor | None, scale: float, ops: Ops
 ) -> Iterator[Tensor]:
-    """Give the weight with its adapted columns; where `base` is given they are put in for the block and taken out after it."""
+    """Give the weight with its adapted columns.
+
+    Where `base` is given they are put in for the block and taken out after it.
+    """
     if base is None or index is None or delta is None:
         yield weight
         return
     if torch.compiler.is_compiling():  # a graph may not write to its inputs and back: it gets an adapted copy
         yield weight.index_copy(1, index, adapted_columns(base, delta, scale))
         return
-    # `.data` has a version count of its own: other layers that saved a tied weight for backward see it unchanged, as it is by then.
+    # `.data` has a version count of its own: other layers that saved a tied weight for backward see it unchanged, as it
+    # is by then.
     plain = weight.data
     before = plain.index_select(1, index)
     ops.write_columns([ColumnWrite(plain, index, base, delta.detach(), scale)])

@@ -34,7 +34,8 @@ logger = logging.getLogger("paca")
 class PacaModel(BaseTuner):
     """A model whose targeted linear layers train some of their input columns in place.
 
-    Usually made by `peft.get_peft_model(model, PacaConfig(...))`. Layers use the backend that is current when they are made.
+    Usually made by `peft.get_peft_model(model, PacaConfig(...))`. Layers use the backend that is current when they are
+    made.
 
     Raises:
         ValueError, TypeError: before any layer is replaced, if the config does not fit the model.
@@ -42,7 +43,7 @@ class PacaModel(BaseTuner):
 
     prefix = "paca_"
     tuner_layer_cls = PacaLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING}  # noqa: RUF012
 
     # ------------------------------------------------------------------ making layers
 
@@ -69,9 +70,9 @@ class PacaModel(BaseTuner):
             TypeError: if one of them cannot be adapted.
             ValueError: if there are none, or no targets are given and the architecture has no usual ones.
         """
-        probe = copy.copy(settings(config))
+        probe: Any = copy.copy(settings(config))
         if probe.target_modules is None:
-            usual = cls.target_module_mapping.get(cls.get_model_config(model).get("model_type"))
+            usual = cls.target_module_mapping.get(cls.get_model_config(model).get("model_type", ""))
             if usual is None:
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             probe.target_modules = usual
@@ -94,12 +95,14 @@ class PacaModel(BaseTuner):
         if too_wide := {name: width for name, width in widths.items() if rank_of(config, name) > width}:
             name, width = min(too_wide.items(), key=lambda item: item[1])
             raise ValueError(
-                f"r = {rank_of(config, name)} is more than the {width} input columns of {name} ({len(too_wide)} of {len(widths)} targeted "
-                f"layers have fewer than r); choose r ≤ {width}, set rank_pattern for these layers, or exclude them"
+                f"r = {rank_of(config, name)} is more than the {width} input columns of {name} ({len(too_wide)} of "
+                f"{len(widths)} targeted layers have fewer than r); choose r ≤ {width}, set rank_pattern for these "
+                "layers, or exclude them"
             )
         if config.selection in MEASURED and widths and not config.columns:
             raise ValueError(
-                f"selection={config.selection!r} needs a calibration pass: config = paca.calibrate(model, config, batches), then get_peft_model"
+                f"selection={config.selection!r} needs a calibration pass: config = paca.calibrate(model, config, "
+                "batches), then get_peft_model"
             )
         for key, columns in (config.columns or {}).items():
             named = [name for name in widths if _names(key, name)]
@@ -240,7 +243,7 @@ class PacaModel(BaseTuner):
             raise ValueError(f"{len(adapters)} adapters need as many weights, found {len(weights)}")
         if combination_type not in ("linear", "cat"):
             raise ValueError(f"combination_type must be 'linear' or 'cat', found {combination_type!r}")
-        if saved := [name for name in adapters if self.peft_config[name].modules_to_save]:
+        if saved := [name for name in adapters if settings(self.peft_config[name]).modules_to_save]:
             raise ValueError(f"adapter {saved[0]!r} has modules_to_save, which cannot be summed")
 
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, PacaLayer)}
@@ -256,7 +259,7 @@ class PacaModel(BaseTuner):
                 delta.index_add_(1, position, layer.paca_delta[adapter].detach(), alpha=weight * layer.scaling[adapter])
             sums[name] = index, delta
 
-        config = copy.deepcopy(settings(self.peft_config[adapters[0]]))
+        config: Any = copy.deepcopy(settings(self.peft_config[adapters[0]]))
         config.columns = {f"^{re.escape(name)}": index.tolist() for name, (index, _) in sums.items()}
         config.r = max(len(index) for index, _ in sums.values())
         config.rank_pattern = {

@@ -1,7 +1,9 @@
-"""Makes PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and everything that asks PEFT for a tuner by name.
+"""Makes PEFT know the method.
 
-PEFT has no entry point for methods from outside; its three tables are what its own methods register in too. A PEFT that brings a PaCA of its own
-(0.22 and newer) uses the same file format, so that ours takes the name over when somebody imports paca: its config objects are accepted.
+`get_peft_model`, `PeftModel.from_pretrained` and all else that asks PEFT for a tuner by name find it in PEFT's three
+tables; PEFT has no entry point for methods from outside, and its own methods register there too. A PEFT that brings a
+PaCA of its own (0.22 and newer) uses the same file format, so ours takes the name over when paca is imported and
+accepts its config objects.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from paca.backend import Backend
 from paca.errors import BackendUnavailableError
 
 GROUP = "paca.backends"
-# Our own backends are listed here as well as in the entry points, so that a bare checkout works without being installed.
+# Our own backends are listed here as well as in the entry points, so that a bare checkout works without being
+# installed.
 BUILT_IN = {"cpu": "paca_cpu:CPUBackend"}
 
 _current: Backend | None = None
@@ -24,7 +25,8 @@ def set_backend(name: str, **strategies: str) -> Backend:
 
     Args:
         name: a name from `available_backends()`.
-        strategies: a name for each kind of strategy that should not be the backend's default, e.g. `gather="one_hot"`, `graph="compile"`.
+        strategies: a name for each kind of strategy that should not be the backend's default, e.g. `gather="one_hot"`,
+            `graph="compile"`.
 
     Returns:
         The backend, now in use.
@@ -39,7 +41,10 @@ def set_backend(name: str, **strategies: str) -> Backend:
 
 
 def get_backend() -> Backend:
-    """Return the backend in use. The first call decides if nobody has: `PACA_BACKEND`, else the best that this machine can use."""
+    """Return the backend in use.
+
+    The first call decides if nobody has: `PACA_BACKEND`, else the best that this machine can use.
+    """
     global _current
     if _current is None:
         name = os.environ.get("PACA_BACKEND")

@@ -11,8 +11,9 @@ from hashlib import blake2s
 import torch
 from torch import Tensor
 
-# Modules that read the same tensor in the models we know. Sharing their columns lets one gather serve them all. Layers outside a row draw on
-# their own; a row that does not fit a model costs nothing, because the gather is only shared when the inputs really are the same tensor.
+# Modules that read the same tensor in the models we know. Sharing their columns lets one gather serve them all. Layers
+# outside a row draw on their own; a row that does not fit a model costs nothing, because the gather is only shared when
+# the inputs really are the same tensor.
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -31,7 +32,7 @@ MEASURED = ("activation_norm_large", "activation_norm_small", "gradient_norm")
 
 
 def shared_name(module_name: str) -> str:
-    """Return the name under which a module draws its columns: that of the first of those reading the same input.
+    """Return the name under which a module draws its columns: that of the first sharing its input.
 
     >>> shared_name("model.layers.0.self_attn.v_proj")
     'model.layers.0.self_attn.q_proj'
@@ -44,7 +45,8 @@ def shared_name(module_name: str) -> str:
 def random_columns(in_features: int, r: int, seed: int, name: str) -> Tensor:
     """Draw `r` of `in_features` columns uniformly without replacement, as in the paper; (r,) int64, sorted.
 
-    The generator is seeded with `seed` and `name`, so a module's columns depend on nothing else; a smaller `r` draws a subset.
+    The generator is seeded with `seed` and `name`, so a module's columns depend on nothing else; a smaller `r` draws a
+    subset.
     """
     digest = blake2s(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -52,7 +54,10 @@ def random_columns(in_features: int, r: int, seed: int, name: str) -> Tensor:
 
 
 def best_columns(scores: Tensor, r: int, *, smallest: bool = False) -> Tensor:
-    """Return the `r` columns with the largest (or smallest) of `scores` (in,), ties to the lower number; (r,) int64, sorted."""
+    """Return the `r` columns with the largest (or smallest) of `scores` (in,).
+
+    (r,) int64, sorted; of equal scores the lower number wins.
+    """
     return scores.cpu().double().argsort(descending=not smallest, stable=True)[:r].sort().values
 
 
@@ -69,12 +74,8 @@ def checked_columns(columns: Sequence[int] | Tensor, in_features: int, name: str
     """
     index = torch.as_tensor(columns, device="cpu")
     if index.is_floating_point() or index.dtype == torch.bool or index.dim() != 1 or not index.numel():
-        raise ValueError(
-            f"{name}: columns must be a non-empty list of whole numbers, found {index.dtype} of shape {tuple(index.shape)}"
-        )
-    index = index.long().sort().values
-    if index[0] < 0 or index[-1] >= in_features:
-        raise ValueError(f"{name}: columns must lie in 0…{in_features - 1}, found {int(index[0])}…{int(index[-1])}")
+        found = f"{index.dtype} of shape {tuple(index.shape)}"
+        raise ValueError(f"{name}: columns must be a non-empty list of whole numbers, found {found}")
     if (repeated := index[1:][index[1:] == index[:-1]]).numel():
         raise ValueError(f"{name}: columns must differ, found {int(repeated[0])} more than once")
     return index

@@ -1,19 +1,21 @@
 """Every plain-torch way of doing PaCA's five tensor steps, for any device.
 
-Functions of one kind share one signature and return the same values; a backend picks one of each kind, a user may pick another. Shapes: `x`
-is (…, in), `weight` (out, in), `y` and `gy` (…, out), `index` (r,), `xs = x[..., index]` (…, r), columns and deltas (out, r).
+Functions of one kind share one signature and return the same values; a backend picks one of each kind, a user may pick
+another. Shapes: `x` is (…, in), `weight` (out, in), `y` and `gy` (…, out), `index` (r,), `xs = x[..., index]` (…, r),
+columns and deltas (out, r).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Tokens that a low-precision gradient converts to float32 at a time: the copies stay in cache and never reach the size of `gy`.
+# Tokens that a low-precision gradient converts to float32 at a time: the copies stay in cache and never reach the size
+# of `gy`.
 TOKENS_PER_BLOCK = 2048
 
 
@@ -25,7 +27,8 @@ def gather_index_select(x: Tensor, index: Tensor) -> Tensor:
 def gather_one_hot(x: Tensor, index: Tensor) -> Tensor:
     """Pick channels by a product with a 0/1 matrix: the gather of devices that are good at GEMMs only.
 
-    Exact for finite `x`: each sum has one non-zero term. An inf or nan in a channel that is *not* picked spreads, because 0·inf is nan.
+    Exact for finite `x`: each sum has one non-zero term. An inf or nan in a channel that is *not* picked spreads,
+    because 0·inf is nan.
     """
     pick = F.one_hot(index, x.shape[-1]).to(x.dtype)  # (r, in)
     return x @ pick.t()
@@ -44,7 +47,8 @@ def grad_input_matmul(gy: Tensor, weight: Tensor) -> Tensor:
 def grad_columns_thin_first(gy: Tensor, xs: Tensor) -> Tensor:
     """Return dYᵀ Xs as (Xsᵀ dY)ᵀ, summed in float32 (float64 stays float64).
 
-    With the r rows first the product reads `gy` in the order it lies in memory: 0.6 to 0.9 of the time of dYᵀ Xs on a CPU.
+    With the r rows first the product reads `gy` in the order it lies in memory: 0.6 to 0.9 of the time of dYᵀ Xs on a
+    CPU.
     """
     gy, xs = _tokens(gy), _tokens(xs)
     if gy.dtype in (torch.float32, torch.float64):
@@ -71,7 +75,8 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
 
 
-class ColumnWrite(NamedTuple):
+@dataclass(frozen=True)
+class ColumnWrite:
     """One weight's columns to be written: `weight[:, index] = round(base + scale·delta)`."""
 
     weight: Tensor  # (out, in), may be a transposed view
@@ -80,12 +85,16 @@ class ColumnWrite(NamedTuple):
     delta: Tensor  # (out, r)
     scale: float
 
+    def values(self) -> Tensor:
+        """What the columns become, (out, r)."""
+        return adapted_columns(self.base, self.delta, self.scale)
+
 
 def adapted_columns(base: Tensor, delta: Tensor, scale: float) -> Tensor:
     """Return `base + scale·delta` in the base's dtype, (out, r).
 
-    The product is rounded in the delta's dtype, the sum is formed in the wider of both and rounded once: the same bits as a LoRA merge of the
-    same update, and what every backend must return.
+    The product is rounded in the delta's dtype, the sum is formed in the wider of both and rounded once: the same bits
+    as a LoRA merge of the same update, and what every backend must return.
     """
     update = delta if scale == 1.0 else delta * scale
     return (base + update).to(base.dtype)
@@ -93,11 +102,11 @@ def adapted_columns(base: Tensor, delta: Tensor, scale: float) -> Tensor:
 
 def write_index_copy(writes: Sequence[ColumnWrite]) -> None:
     """Write columns with `index_copy_`, one call a weight."""
-    for weight, index, base, delta, scale in writes:
-        weight.index_copy_(1, index, adapted_columns(base, delta, scale))
+    for write in writes:
+        write.weight.index_copy_(1, write.index, write.values())
 
 
 def write_index_put(writes: Sequence[ColumnWrite]) -> None:
     """Write columns with `index_put_`, one call a weight."""
-    for weight, index, base, delta, scale in writes:
-        weight.t().index_put_((index,), adapted_columns(base, delta, scale).t())
+    for write in writes:
+        write.weight.t().index_put_((write.index,), write.values().t())

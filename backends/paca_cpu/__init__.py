@@ -41,7 +41,8 @@ class CPUBackend(Backend):
 
     def describe(self) -> str:
         """Processor, cores and the vector instructions torch uses."""
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        processor = platform.processor() or platform.machine()
+        return f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
     def memory(self) -> Memory:
         """The process's resident set, its high-water mark, and the machine's memory."""
