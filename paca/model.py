@@ -43,7 +43,7 @@ class PacaModel(BaseTuner):
 
     prefix = "paca_"
     tuner_layer_cls = PacaLayer
-    target_module_mapping = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING}  # noqa: RUF012
+    target_module_mapping = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING}  # type: ignore[dict-item]  # noqa: RUF012
 
     # ------------------------------------------------------------------ making layers
 
