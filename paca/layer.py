@@ -582,8 +582,12 @@ def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
         index, delta = layer.paca_indices[name], layer.paca_delta[name]
         if index.is_meta or delta.is_meta or layer.get_base_layer().weight.is_meta:
             continue
-        if len(checked_columns(index, layer.in_features, f"{layer.name}, adapter {name!r}")) != delta.shape[1]:
-            raise ValueError(f"{layer.name}, adapter {name!r}: {len(index)} indices for {delta.shape[1]} columns")
+        columns = checked_columns(index, layer.in_features, f"{layer.name}, adapter {name!r}")
+        if len(columns) != delta.shape[1]:
+            raise ValueError(f"{layer.name}, adapter {name!r}: {len(columns)} indices for {delta.shape[1]} columns")
+        with torch.no_grad():  # all else relies on sorted columns
+            delta.copy_(delta[:, index.argsort()])
+            index.copy_(columns)
         found = fingerprint(layer.base_columns(name), layer.in_features)
         if expected and (why := mismatch(expected, found, layer.get_base_layer().weight.dtype)):
             raise BaseMismatchError(

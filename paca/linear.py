@@ -55,7 +55,7 @@ class PacaLinear(Function):
 
     Args of `apply`:
         x: (…, in); xs: x[..., index], (…, r), or None if no delta trains; both in the dtype of the GEMM.
-        weight: (out, in), frozen. Cast to x's dtype where autocast made them differ.
+        weight: (out, in), frozen.
         bias: (out,) or None.
         delta: (out, r), float32; takes the gradient.
         index: (r,) int64. scale: s.
@@ -87,7 +87,7 @@ class PacaLinear(Function):
             ctx.save_for_backward(xs)
             ctx.weight, ctx.key = weight, held.key
         with columns_in(weight, index, base, delta, scale, ops) as adapted:
-            return ops.forward(x, adapted.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return ops.forward(x, adapted, bias)  # under autocast the GEMM casts the weight by itself
 
     @staticmethod
     @once_differentiable

@@ -76,6 +76,9 @@ def checked_columns(columns: Sequence[int] | Tensor, in_features: int, name: str
     if index.is_floating_point() or index.dtype == torch.bool or index.dim() != 1 or not index.numel():
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise ValueError(f"{name}: columns must be a non-empty list of whole numbers, found {found}")
+    index = index.long().sort().values
+    if index[0] < 0 or index[-1] >= in_features:
+        raise ValueError(f"{name}: columns must lie in 0…{in_features - 1}, found {int(index[0])}…{int(index[-1])}")
     if (repeated := index[1:][index[1:] == index[:-1]]).numel():
         raise ValueError(f"{name}: columns must differ, found {int(repeated[0])} more than once")
     return index
