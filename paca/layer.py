@@ -59,7 +59,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._columns: Columns | None = None
         self._held = Held()
-        self._home: Tensor | None = None
+        self._home: int | None = None  # id of the weight last seen
         self.in_features, self.out_features = in_out_features(base_layer)
         freshness.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -328,8 +328,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _check_home(self) -> None:
         """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only."""
         weight = self.get_base_layer().weight
-        replaced = self._home is not None and self._home is not weight
-        self._home = weight
+        replaced = self._home is not None and self._home != id(weight)
+        self._home = id(weight)
         if self.residency == "swap":
             return
         if why := why_not_resident(weight, replaced):
@@ -478,6 +478,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._home = None
         freshness.watch(self)
 
     def extra_repr(self) -> str:
