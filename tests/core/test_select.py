@@ -52,9 +52,9 @@ def test_drawing_leaves_the_global_generator_alone():
 
 
 def test_another_process_draws_the_same_columns():
-    code = "from paca.select import random_columns; print(random_columns(4096, 64, 7, 'a.mlp.up_proj').tolist())"
+    code = "from paca.select import random_columns as draw; print(draw(4096, 64, 7, 'a.mlp.up_proj').tolist())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, env=environment).stdout
     assert random_columns(4096, 64, 7, "a.mlp.up_proj").tolist() == json.loads(out)
 
 

@@ -18,8 +18,18 @@ from paca.layer import PacaLayer
 from paca.strategies import adapted_columns
 
 
+TARGETS = ["first", "middle", "last"]
+PLAIN_OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"),
+    *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor"),
+)
+
+
 class Net(nn.Module):
-    """Three linears with a bend between them; `kept` recomputes the middle in backward."""
+    """Three linears with a bend between them.
+
+    `kept`: recompute the middle in backward, by a reentrant checkpoint (True) or the other kind (False).
+    """
 
     def __init__(self, kept=None):
         super().__init__()
@@ -36,7 +46,7 @@ class Net(nn.Module):
 def make_model(kept=None, dtype=torch.float32, **config):
     torch.manual_seed(1)
     base = Net(kept).to(dtype)
-    return get_peft_model(base, paca.PacaConfig(r=4, paca_alpha=8, target_modules=["first", "middle", "last"], **config))
+    return get_peft_model(base, paca.PacaConfig(r=4, paca_alpha=8, target_modules=TARGETS, **config))
 
 
 def layers_of(model) -> list[PacaLayer]:
@@ -64,7 +74,7 @@ def count_writes(model) -> list[str]:
 
 
 def assert_fresh(model, x=None):
-    """The next forward must compute with W0 + s·Δ as the deltas are now; an independent dense model says what that is."""
+    """Compare the next forward with that of an independent dense model of W0 + s·Δ, as the deltas are now."""
     x = torch.randn(3, 12, dtype=deltas_of(model)[0].dtype) if x is None else x
     reference = Net().to(x.dtype)
     for layer in layers_of(model):
@@ -97,7 +107,7 @@ class FlatCopies(torch.optim.SGD):
 
 def optimizers():
     found = []
-    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor"):
+    for name in PLAIN_OPTIMIZERS:
         kind = getattr(torch.optim, name)
         found.append(pytest.param(lambda p, kind=kind: kind(p, lr=0.1, foreach=False), id=name))
         if name != "Adafactor":
@@ -228,7 +238,9 @@ def refresh(model):
 
 
 @pytest.mark.parametrize(
-    "edit", [edit_in_place, replace_data, load, rescale, scale_and_back, average_behind_torchs_back, refresh], ids=lambda e: e.__name__
+    "edit",
+    [edit_in_place, replace_data, load, rescale, scale_and_back, average_behind_torchs_back, refresh],
+    ids=lambda edit: edit.__name__,
 )
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residency", ["resident", "swap"])
@@ -321,7 +333,7 @@ def test_undo_restores_the_weight_bit_for_bit(dtype, residency):
     torch.manual_seed(1)
     base = Net().to(dtype)
     pristine = {k: v.clone() for k, v in base.state_dict().items()}
-    model = get_peft_model(base, paca.PacaConfig(r=4, paca_alpha=8, target_modules=["first", "middle", "last"], residency=residency))
+    model = get_peft_model(base, paca.PacaConfig(r=4, paca_alpha=8, target_modules=TARGETS, residency=residency))
     for round_ in range(50):  # adding and subtracting a rounded delta drifts after a few rounds
         with torch.no_grad():
             for delta in deltas_of(model):
