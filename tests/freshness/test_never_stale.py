@@ -17,7 +17,6 @@ import paca
 from paca.layer import PacaLayer
 from paca.strategies import adapted_columns
 
-
 TARGETS = ["first", "middle", "last"]
 PLAIN_OPTIMIZERS = (
     *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax"),
