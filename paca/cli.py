@@ -1,0 +1,282 @@
+"""The `paca` command. Everything heavy is imported by the command that needs it, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paca.recipe import Recipe
+
+_TRAIN = """\
+Fine-tune a model as a recipe says.
+
+RECIPE.yaml is a flat mapping. Its keys are those of transformers' TrainingArguments, of paca.PacaConfig, and a few more
+for model and data (docs/training.md lists them). Any key can be given on the command line and wins over the file:
+--key value, --key=value, --key a b (a list), --key (true).
+"""
+_TRAIN_EXAMPLES = """\
+examples:
+  paca train recipes/quickstart.yaml
+  paca train recipes/quickstart.yaml --learning_rate 1e-3 --r 16 --output_dir runs/r16
+  paca train my.yaml --dry-run                        the resolved recipe, parameter counts, memory; nothing is run
+  paca train my.yaml --resume_from_checkpoint auto    go on from the newest complete checkpoint
+  paca train --model_name_or_path gpt2 --train_file notes.txt --packing --output_dir runs/notes
+"""
+_EVALUATE_EXAMPLES = """\
+examples:
+  paca evaluate runs/quickstart                       on the held-out data of its recipe
+  paca evaluate runs/quickstart --base                the same data, without the adapter
+  paca evaluate runs/quickstart/checkpoint-20 --eval_file other.jsonl
+  paca evaluate my.yaml --json scores.json            the adapter in the recipe's output_dir
+"""
+_GENERATE_EXAMPLES = """\
+examples:
+  paca generate runs/quickstart --prompt "To be, or"
+  paca generate runs/chat --chat --prompt "Who are you?" --prompt "And you?" --temperature 0.7
+"""
+_MERGE_EXAMPLES = """\
+examples:
+  paca merge runs/quickstart --out merged             a plain transformers model, with the adapter in its weights
+"""
+_EXPORT_EXAMPLES = """\
+examples:
+  paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT and LoRA servers; nothing is lost
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `paca`; the process's own by default.
+
+    Returns:
+        0, or 2 for what the user can put right (it was printed), or 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"]:
+        from paca.bench import main as bench
+
+        return int(bench(words[1:]) or 0)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    if options.run is None:
+        parser.print_help()
+        return 2
+    if rest and not options.takes_keys:
+        parser.error(f"paca {options.command} does not know {' '.join(rest)}; see paca {options.command} --help")
+    try:
+        options.run(options, rest)
+    except KeyboardInterrupt:
+        hint = "; --resume_from_checkpoint auto goes on from the newest complete checkpoint"
+        print(f"\ninterrupted{hint if options.command == 'train' else ''}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, _users_errors()):
+            raise
+        print(f"paca {options.command}: {_message(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from paca._version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="paca", description="Fine-tune large PyTorch models by Partial Connection Adaptation.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"paca {__version__}")
+    parser.set_defaults(run=None, takes_keys=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Callable[..., None] | None, about: str, **more: Any) -> argparse.ArgumentParser:
+        keys = bool(more.pop("keys", False))
+        more.setdefault("description", about)
+        made = commands.add_parser(
+            name, help=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more
+        )
+        made.set_defaults(run=run, takes_keys=keys)
+        return made
+
+    keys = "[--key value ...]"
+    train = command(
+        "train", _train, "fine-tune a model as a recipe says", keys=True, description=_TRAIN, epilog=_TRAIN_EXAMPLES,
+        usage=f"paca train [RECIPE.yaml] {keys} [--dry-run]",
+    )  # fmt: skip
+    train.add_argument("--dry-run", "--dry_run", action="store_true", help="print what would be run, and stop")
+
+    evaluate = command(
+        "evaluate", _evaluate, "measure loss and perplexity on held-out data", keys=True, epilog=_EVALUATE_EXAMPLES,
+        usage=f"paca evaluate ADAPTER|RECIPE.yaml [--base] [--json FILE] {keys}",
+    )  # fmt: skip
+    evaluate.add_argument("--base", action="store_true", help="measure the model without the adapter")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics there")
+
+    generate = command(
+        "generate", _generate, "let an adapted model continue prompts", keys=True, epilog=_GENERATE_EXAMPLES,
+        usage=f"paca generate ADAPTER --prompt TEXT [--prompt TEXT ...] [options] {keys}",
+    )  # fmt: skip
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue")
+    generate.add_argument("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    generate.add_argument("--base", action="store_true", help="generate without the adapter")
+    generate.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N", help="default 64")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the default, takes the likeliest token each time",
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of the drawing at temperatures above 0")
+
+    merge = command(
+        "merge", _merge, "write the base model with the adapter in its weights", keys=True, epilog=_MERGE_EXAMPLES,
+        usage=f"paca merge ADAPTER --out DIR {keys}",
+    )  # fmt: skip
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+    export = command("export", _export, "turn an adapter into another kind, without loss", epilog=_EXPORT_EXAMPLES)
+    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved PaCA adapter")
+    export.add_argument("--to", choices=["lora"], required=True, help="the kind to write")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+    command("bench", None, "compare speed and memory with LoRA and full fine-tuning", add_help=False)
+    command("env", _env, "print versions, backends and devices for a bug report")
+    return parser
+
+
+def _train(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.recipe import read_recipe
+
+    recipe = read_recipe(_first_word(words), words)
+    if options.dry_run:
+        _dry_run(recipe)
+        return
+    from paca.training import train
+
+    train(recipe, say=lambda line: print(line, flush=True))
+
+
+def _dry_run(recipe: Recipe) -> None:
+    from paca.estimate import estimate
+    from paca.pretrained import load_config, load_tokenizer
+    from paca.recipe import RecipeError
+    from paca.registry import get_backend
+    from paca.training import class_names, open_rows, sequence_length, starting_point
+
+    starting_point(recipe, say=print)
+    rows, _ = open_rows(recipe)
+    if rows is None:
+        raise RecipeError("there is nothing to train on: give train_file or dataset_name")
+    config = load_config(recipe.run)
+    length = sequence_length(recipe, config, load_tokenizer(recipe.run))
+    try:
+        lines = estimate(recipe, config, length, len(class_names(recipe, rows))).lines()
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
+    print(recipe.to_yaml())
+    print(f"backend {get_backend().name}: {get_backend().describe()}")
+    print("\n".join(lines))
+
+
+def _evaluate(options: argparse.Namespace, words: list[str]) -> None:
+    import json
+
+    from paca.recipe import RecipeError, read_recipe, read_words
+    from paca.training import evaluate, of_adapter, write_text
+
+    target = _first_word(words)
+    if target is None:
+        raise RecipeError("say what to evaluate: a folder with an adapter, or a recipe")
+    if target.is_dir():
+        adapter, recipe = target, of_adapter(target, read_words(words))
+    else:
+        recipe = read_recipe(target, words)
+        adapter = recipe.output_dir
+        if not options.base and not (adapter / "adapter_config.json").is_file():
+            raise RecipeError(f"{adapter}, the recipe's output_dir, holds no adapter yet: train it, or add --base")
+    metrics = evaluate(recipe, None if options.base else adapter)
+    for name, value in metrics.items():
+        print(f"{name:<28}{value:>14.4f}" if isinstance(value, float) else f"{name:<28}{value!s:>14}")
+    if options.json:
+        write_text(options.json, json.dumps(metrics, indent=2))
+
+
+def _generate(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.generation import generate
+    from paca.recipe import RecipeError
+
+    model, tokenizer = _adapted(words, with_adapter=not options.base)
+    how = {key: getattr(options, key) for key in ("chat", "max_new_tokens", "temperature", "seed")}
+    try:
+        answers = generate(model, tokenizer, options.prompt, **how)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    for prompt, answer in zip(options.prompt, answers, strict=True):
+        print(f"{prompt}\n{answer}\n" if options.chat else f"{prompt}{answer}\n")
+
+
+def _merge(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.merging import merge
+
+    target = options.out
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder; choose a new one")
+    model, tokenizer = _adapted(words)
+    merge(model, tokenizer, target)
+    print(f"merged into {target}; transformers loads it without paca")
+
+
+def _export(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.convert import export_lora
+
+    print(f"exported to {export_lora(options.adapter, options.out)}; PEFT loads it as LoRA, without paca")
+
+
+def _env(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.report import report
+
+    print(report())
+
+
+def _adapted(words: list[str], with_adapter: bool = True) -> tuple[Any, Any]:
+    """The model of the adapter that the first word names, on its device, and its tokenizer."""
+    from paca.recipe import RecipeError, read_words
+    from paca.registry import get_backend
+    from paca.training import adapter_model, of_adapter
+
+    adapter = _first_word(words)
+    if adapter is None or not adapter.is_dir():
+        raise RecipeError(f"{adapter or 'nothing'} is not a folder with an adapter")
+    model, tokenizer = adapter_model(of_adapter(adapter, read_words(words)), adapter if with_adapter else None)
+    return model.to(get_backend().device()).eval(), tokenizer
+
+
+def _first_word(words: list[str]) -> Path | None:
+    """Take the path that stands before the keys, if one does."""
+    return Path(words.pop(0)).expanduser() if words and not words[0].startswith("--") else None
+
+
+def _users_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that the user needs."""
+    from paca.checkpoint import CheckpointError
+    from paca.errors import BackendUnavailableError, BaseMismatchError
+
+    known: list[type[Exception]] = [CheckpointError, BackendUnavailableError, BaseMismatchError, ModuleNotFoundError]
+    known += [FileExistsError, FileNotFoundError]
+    try:
+        from paca.recipe import RecipeError
+        from paca.rows import DataError
+    except ModuleNotFoundError:
+        return tuple(known)
+    return (*known, RecipeError, DataError)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: the commands need more than the library; pip install 'paca-torch[train]'"
+    return str(error)

@@ -1,0 +1,33 @@
+"""Writes the base model with an adapter in its weights, as an ordinary transformers model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+
+def merge(model: Any, tokenizer: Any, target: Path) -> None:
+    """Merge the active adapter and save model and tokenizer; the folder appears when it is whole.
+
+    Args:
+        model: a PEFT model; it is taken apart.
+        tokenizer: saved with it.
+        target: a folder that is empty or does not exist.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
+    """
+    merged = model.merge_and_unload(safe_merge=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        os.replace(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

