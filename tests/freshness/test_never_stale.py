@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -372,3 +372,12 @@ def test_weight_decay_pulls_towards_the_pretrained_values():
     held = layer.get_base_layer().weight
     assert torch.allclose(held, layer.pretrained_weight(), atol=1e-6)
     assert not torch.equal(held, torch.zeros_like(held))
+
+
+def test_deltas_are_float32_however_the_adapter_is_added():
+    model = inject_adapter_in_model(paca.PacaConfig(r=4, target_modules=TARGETS), Net().bfloat16())
+    assert {delta.dtype for delta in deltas_of(model)} == {torch.float32}
+    explicit = get_peft_model(
+        Net().bfloat16(), paca.PacaConfig(r=4, target_modules=TARGETS), autocast_adapter_dtype=False
+    )
+    assert {delta.dtype for delta in deltas_of(explicit)} == {torch.bfloat16}

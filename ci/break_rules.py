@@ -1,0 +1,197 @@
+"""Breaks each rule of the method once, in a copy of the project, and checks that its tests notice.
+
+    python ci/break_rules.py            every rule
+    python ci/break_rules.py "rule 3"   those whose description contains the text
+
+A test that passes on broken code proves nothing. Exit status 1 if a break goes unnoticed, or no longer fits the code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Break(NamedTuple):
+    """One defect to plant: what it does, where, and the tests that must fail."""
+
+    rule: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LINEAR, FRESH = "tests/core/test_linear.py", "tests/freshness/test_never_stale.py"
+BREAKS = [
+    Break(
+        "rule 1, identity at start: deltas start at random",
+        "paca/layer.py",
+        "delta = torch.zeros(self.out_features, r, dtype=dtype)",
+        "delta = torch.randn(self.out_features, r, dtype=dtype)",
+        f"{LINEAR}::test_a_fresh_adapter_gives_the_bits_of_the_base_layer",
+    ),
+    Break(
+        "rule 2, written once: every forward writes",
+        "paca/layer.py",
+        "elif self._held.key is None or self._held.key != self._key(names):",
+        "else:",
+        f"{FRESH}::test_each_layer_is_written_exactly_once_a_step_and_never_in_forward",
+    ),
+    Break(
+        "rule 3, never stale: no write after the optimizer step",
+        "paca/freshness.py",
+        "    if layers:\n        write(layers)\n    else:",
+        "    if not layers:",
+        f"{FRESH}::test_every_forward_sees_the_last_step",
+    ),
+    Break(
+        "rule 3, never stale: optimizers that step flat copies are overlooked",
+        "paca/freshness.py",
+        "        _epoch += 1",
+        "        pass",
+        f"{FRESH}::test_every_forward_sees_the_last_step",
+    ),
+    Break(
+        "rule 3, never stale: versions are not looked at",
+        "paca/layer.py",
+        "(n, d.data_ptr(), d._version, ",
+        "(n, d.data_ptr(), ",
+        f"{FRESH}::test_whatever_changes_a_delta_is_seen",
+    ),
+    Break(
+        "rule 3, never stale: the spot check sees nothing",
+        "paca/layer.py",
+        "if not torch.equal(found.nan_to_num(), wanted.nan_to_num()):",
+        "if False:",
+        f"{FRESH}::test_an_edit_that_leaves_no_trace_is_refused_at_the_next_step",
+    ),
+    Break(
+        "rule 3, never stale: a change between forward and backward goes unseen",
+        "paca/linear.py",
+        "if ctx.held is not None and ctx.held.key != ctx.key:",
+        "if False:",
+        f"{LINEAR}::test_a_change_between_forward_and_backward_is_refused",
+    ),
+    Break(
+        "rule 4, exactly undone: the delta is subtracted instead of restoring the columns",
+        "paca/layer.py",
+        "self._weight().index_copy_(1, self._columns.index, self._columns.base)",
+        "write = self.column_write(); "
+        "self._weight().index_add_(1, write.index, (-write.scale * write.delta).to(write.weight.dtype))",
+        f"{FRESH}::test_undo_restores_the_weight_bit_for_bit",
+    ),
+    Break(
+        "rule 4, exactly undone: state_dict shows the adapted columns",
+        "paca/layer.py",
+        "self._oriented(state[key]).index_copy_(1, self._columns.index, self._columns.base)",
+        "pass",
+        f"{FRESH}::test_undo_restores_the_weight_bit_for_bit",
+    ),
+    Break(
+        "rule 5, deltas in float32: deltas take the weight's dtype",
+        "paca/layer.py",
+        "dtype = torch.promote_types(weight.dtype, torch.float32)",
+        "dtype = weight.dtype",
+        f"{FRESH}::test_deltas_are_float32_however_the_adapter_is_added",
+    ),
+    Break(
+        "rule 6, only r channels are kept: all of x is saved",
+        "paca/linear.py",
+        "            ctx.save_for_backward(xs)\n",
+        "            ctx.save_for_backward(xs, x)\n",
+        f"{LINEAR}::test_exactly_r_channels_are_kept_for_backward",
+    ),
+    Break(
+        "rule 6, one gather for layers that read the same input: each gathers its own",
+        "paca/layer.py",
+        "if then != now:",
+        "if True:",
+        f"{LINEAR}::test_layers_that_read_the_same_input_gather_once_and_keep_it_once",
+    ),
+    Break(
+        "rule 7, same columns everywhere: the global generator is used",
+        "paca/select.py",
+        "generator=generator, device",
+        "device",
+        "tests/core/test_select.py",
+    ),
+    Break(
+        "rule 8, any shape: only three axes are expected",
+        "paca/strategies.py",
+        "return x.index_select(-1, index)",
+        "return x[:, :, index]",
+        f"{LINEAR}::test_output_and_gradients_stay_within_the_rounding_bound_of_float64",
+    ),
+    Break(
+        "rule 9, gradients match: low-precision tokens are summed in low precision",
+        "paca/strategies.py",
+        "if gy.dtype in (torch.float32, torch.float64):",
+        "if True:",
+        f"{LINEAR}::test_output_and_gradients_stay_within_the_rounding_bound_of_float64",
+    ),
+    Break(
+        "rule 9, gradients match: alpha / r is applied twice",
+        "paca/linear.py",
+        "gdelta = gdelta * ctx.scale",
+        "gdelta = gdelta * ctx.scale * ctx.scale",
+        "tests/parity/test_bitwise.py",
+    ),
+    Break(
+        "rule 10, works where Linear works: Conv1D is taken for a Linear",
+        "paca/layer.py",
+        "return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight",
+        "return weight",
+        f"{LINEAR}::test_a_fresh_adapter_gives_the_bits_of_the_base_layer",
+    ),
+    Break(
+        "rule 10, torch.compile: a Python counter in forward",
+        "paca/layer.py",
+        "        names = self._wanted()\n        if not names or self.merged:",
+        "        self.calls = getattr(self, 'calls', 0) + 1\n"
+        "        names = self._wanted() if self.calls % 10**6 else []\n        if not names or self.merged:",
+        "tests/graph/test_compile.py::test_decoder_blocks_compile_whole_and_once_and_train_as_eager_does",
+    ),
+]
+
+
+def notices(planted: Break) -> bool:
+    """Plant one defect in a copy of the project and run its tests; True if they fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "project")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        file = copy / planted.file
+        source = file.read_text()
+        if source.count(planted.old) != 1:
+            raise SystemExit(
+                f"{planted.rule}: the code to break occurs {source.count(planted.old)} times in {planted.file}"
+            )
+        file.write_text(source.replace(planted.old, planted.new))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{copy}:{copy / 'backends'}"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", planted.tests]
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        if run.returncode not in (0, 1):
+            raise SystemExit(f"{planted.rule}: pytest could not run\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        return run.returncode == 1
+
+
+def main() -> int:
+    """Plant every chosen defect in turn."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    unnoticed = 0
+    for planted in [b for b in BREAKS if wanted in b.rule]:
+        caught = notices(planted)
+        unnoticed += not caught
+        print(f"{'noticed  ' if caught else 'UNNOTICED'}  {planted.rule}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
