@@ -397,9 +397,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            if self.merged:
-                self.unmerge()
+        elif self.merged:
+            self.unmerge()
+        if not self.merged:  # also if this layer has none of the adapters to be merged
             self.enable_adapters(False)
         freshness.forget(self)
         return self.get_base_layer()
