@@ -1,0 +1,255 @@
+"""The command line of `paca bench`: reads options, runs what they ask for, writes and shows the result."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from paca.bench.environment import MALLOC_SETTINGS, run_again, wanted_environment
+from paca.bench.methods import FORMS, Method, parse_methods
+from paca.bench.shapes import SHAPES, Shape
+
+DTYPES = ("float32", "bfloat16", "float16")
+MEASURES = ("time", "bytes", "peak")
+CLOCKS = ("auto", "cpu", "wall")
+
+EXAMPLES = """examples:
+  paca bench                                        a first look in about two minutes
+  paca bench --suite cpu --out cpu.json             the numbers of docs/benchmarks.md
+  paca bench --methods paca-r16,lora-r16 --rounds 30
+  paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
+  paca bench --report cpu.json --markdown           its tables again, for a document
+
+methods (the floor is always measured):
+"""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Values for the options that are not given."""
+
+    shape: str
+    methods: str
+    rounds: int
+    warmup: int
+    about: str
+
+
+SUITES = {
+    "quick": Suite(
+        shape="small",
+        methods="floor,paca-r8,paca-r64,lora-r8,lora-r64,dora-r8,full",
+        rounds=5,
+        warmup=1,
+        about="a small stack, few rounds",
+    ),
+    "cpu": Suite(
+        shape="stack",
+        methods="floor,paca-r8,paca-r64,paca-unshared-r8,paca-unshared-r64,lora-r8,lora-r64,lora-match-r8,lora-match-r64,"
+        "lora-nocast-r8,lora-nocast-r64,lora-match-nocast-r8,lora-match-nocast-r64,dora-r8,full",
+        rounds=15,
+        warmup=2,
+        about="four layers of a 1B-model's width, every method",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options in force, checked."""
+
+    methods: tuple[Method, ...]
+    shape: Shape
+    dtype: str
+    measure: tuple[str, ...]
+    rounds: int
+    warmup: int
+    threads: int
+    malloc: str
+    clock: str
+    seed: int
+    backend: str | None
+    out: Path
+    plot: Path | None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what the result file should say of them."""
+        return {
+            "methods": [method.name for method in self.methods],
+            "measure": list(self.measure),
+            **{
+                name: getattr(self, name)
+                for name in ("dtype", "rounds", "warmup", "threads", "malloc", "clock", "seed")
+            },
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `paca bench`.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or what a restarted process returned.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        if given.report is not None:
+            return _report(given)
+        options = _options(given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    status = run_again(arguments, wanted_environment(options.malloc, options.threads))
+    return _measure(options, shlex.join(["paca", "bench", *arguments])) if status is None else status
+
+
+def _parser() -> argparse.ArgumentParser:
+    forms = "\n".join(f"  {form:<22}{about}" for form, about in FORMS.items())
+    suites = ", ".join(f"{name} ({suite.about}, {suite.rounds} rounds)" for name, suite in SUITES.items())
+    parser = argparse.ArgumentParser(
+        prog="paca bench",
+        description="Compare in one interleaved run what training costs: step time, bytes kept for backward, memory.",
+        epilog=EXAMPLES + forms,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites}; default quick")
+    what.add_argument("--methods", metavar="A,B,…", help="methods to compare, see below; default: the suite's")
+    what.add_argument(
+        "--measure", metavar="A,B,…", default=",".join(MEASURES), help="any of time,bytes,peak; default all"
+    )
+    what.add_argument("--shape", choices=SHAPES, help="sizes of the stack; default: the suite's")
+    for size in fields(Shape):
+        what.add_argument(
+            f"--{size.name.replace('_', '-')}", type=int, metavar="N", help=f"another number for {size.name}"
+        )
+    what.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations; default float32")
+    how = parser.add_argument_group("how")
+    how.add_argument("--rounds", type=int, metavar="N", help="steps of each method that count; default: the suite's")
+    how.add_argument("--warmup", type=int, metavar="N", help="steps of each method before them; default: the suite's")
+    how.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; default 1")
+    how.add_argument("--backend", metavar="NAME", help="paca's backend; default: PACA_BACKEND or the best here")
+    how.add_argument(
+        "--malloc",
+        choices=MALLOC_SETTINGS,
+        default="tuned",
+        help="tuned (default): start again with glibc settings that keep freed memory; default: leave them",
+    )
+    how.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="auto",
+        help="of the tables; both are recorded. auto: process CPU time for one thread on a CPU, wall time otherwise",
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batch and order; default 0")
+    where = parser.add_argument_group("where to")
+    where.add_argument("--out", type=Path, metavar="FILE", help="raw result; default paca-bench-SUITE.json")
+    where.add_argument("--plot", type=Path, metavar="FILE", help="picture (.png, .svg, .pdf); default: beside --out")
+    where.add_argument("--no-plot", action="store_true", help="draw nothing")
+    again = parser.add_argument_group("instead of measuring")
+    again.add_argument("--report", type=Path, metavar="FILE", help="show a raw result again; with --plot draw it too")
+    again.add_argument("--markdown", action="store_true", help="with --report: as Markdown")
+    return parser
+
+
+def _options(given: argparse.Namespace) -> Options:
+    """Check the arguments and fill in the suite's values.
+
+    Raises:
+        ValueError: naming the option, what was found and what it can be.
+    """
+    if given.markdown:
+        raise ValueError("--markdown goes with --report FILE; a measurement prints its table and writes JSON")
+    suite = SUITES[given.suite]
+    sizes = {size.name: getattr(given, size.name) for size in fields(Shape)}
+    shape = replace(SHAPES[given.shape or suite.shape], **{name: n for name, n in sizes.items() if n is not None})
+    shape.check()
+    measure = tuple(dict.fromkeys(part.strip() for part in given.measure.split(",") if part.strip()))
+    if unknown := [part for part in measure if part not in MEASURES]:
+        raise ValueError(f"--measure: {unknown[0]!r} is unknown; it takes {','.join(MEASURES)}")
+    if not measure:
+        raise ValueError(f"--measure is empty; it takes {','.join(MEASURES)}")
+    rounds = suite.rounds if given.rounds is None else given.rounds
+    warmup = suite.warmup if given.warmup is None else given.warmup
+    for option, found, least in (("--rounds", rounds, 1), ("--warmup", warmup, 1), ("--threads", given.threads, 1)):
+        if found < least:
+            raise ValueError(f"{option} must be at least {least}, found {found}")
+    methods = parse_methods(given.methods if given.methods is not None else suite.methods)
+    narrowest = min(narrow for narrow, _ in shape.linears)
+    for method in methods:
+        if method.rank > narrowest:
+            raise ValueError(f"--methods: {method.name} has a rank above the stack's narrowest input, {narrowest}")
+    out = given.out or Path(f"paca-bench-{given.suite}.json")
+    _check_output("--out", out, (".json",))
+    plot = None if given.no_plot else given.plot or out.with_suffix(".png")
+    if plot is not None:
+        _check_output("--plot", plot, (".png", ".svg", ".pdf"))
+    return Options(
+        methods=methods,
+        shape=shape,
+        dtype=given.dtype,
+        measure=measure,
+        rounds=rounds,
+        warmup=warmup,
+        threads=given.threads,
+        malloc=given.malloc,
+        clock=given.clock,
+        seed=given.seed,
+        backend=given.backend,
+        out=out,
+        plot=plot,
+    )
+
+
+def _check_output(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option} must end in {' or '.join(suffixes)}, found {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}; create it first")
+
+
+def _report(given: argparse.Namespace) -> int:
+    """Show a raw result again."""
+    from paca.bench import report
+    from paca.bench.result import read
+
+    if given.plot is not None:
+        _check_output("--plot", given.plot, (".png", ".svg", ".pdf"))
+    result = read(given.report)
+    if given.clock != "auto":
+        result.clock = given.clock
+    if given.markdown:
+        print(report.as_markdown(result), end="")
+    else:
+        report.show(result)
+    if given.plot is not None:
+        from paca.bench.plot import draw
+
+        draw(result, given.plot)
+    return 0
+
+
+def _measure(options: Options, command: str) -> int:
+    """Measure, write the raw result and the plot, and show the tables."""
+    from paca.bench import report
+    from paca.bench.measure import measure
+    from paca.bench.plot import draw
+
+    result = measure(options, command)
+    result.write(options.out)
+    report.show(result)
+    print(f"raw result: {options.out}")
+    if options.plot is not None:
+        try:
+            draw(result, options.plot)
+            print(f"plot: {options.plot}")
+        except ImportError as error:
+            print(f"no plot: {error}; pip install 'paca-torch[train]' has what it needs", file=sys.stderr)
+    return 0

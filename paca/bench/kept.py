@@ -1,0 +1,85 @@
+"""Counts the bytes that a forward keeps for its backward: exact, and the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca.bench.result import Kept
+
+
+def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module) -> Kept:
+    """Run a forward and count what stays alive for its backward.
+
+    Every tensor that autograd saves counts with its whole storage, since a saved view keeps all of it; a storage counts
+    once however often it is saved. Tensors that an autograd function holds on its context without telling autograd
+    count too. The model's own parameters and buffers do not: they live anyway.
+
+    Args:
+        forward: returns a tensor with a graph.
+        model: whose parameters and buffers are left out.
+        layer: one of its layers; what it saves first is counted apart.
+    """
+    own = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+    saved_by_layer: dict[int, Tensor] = {}
+    inside = False
+
+    def note(tensor: Tensor) -> Tensor:
+        address = _address(tensor)
+        if address not in own and address not in saved:
+            saved[address] = tensor
+            if inside:
+                saved_by_layer[address] = tensor
+        return tensor
+
+    def enter(*_: Any) -> None:
+        nonlocal inside
+        inside = True
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    hooks = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for tensor in _held_on_contexts(output):
+        note(tensor)
+    return Kept(total=_bytes(saved), layer=_bytes(saved_by_layer))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensors: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def _held_on_contexts(output: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that autograd functions written in Python hold as attributes of their context."""
+    queue: list[Any] = [output.grad_fn]
+    seen = set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        queue.extend(following for following, _ in node.next_functions)
+        yield from _tensors(list(getattr(node, "__dict__", {}).values()))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,95 @@
+"""Runs a benchmark from checked options to a raw result."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+import paca
+from paca.backend import Backend
+from paca.bench.agreement import deviation, first_step
+from paca.bench.contestant import Contestant
+from paca.bench.kept import count_kept
+from paca.bench.machine import describe
+from paca.bench.peak import measure_peak
+from paca.bench.result import MethodResult, Result
+from paca.bench.rounds import time_rounds
+
+if TYPE_CHECKING:
+    from paca.bench.command import Options
+
+
+def measure(options: Options, command: str) -> Result:
+    """Measure what the options ask for.
+
+    Args:
+        options: checked.
+        command: what was typed, for the record.
+
+    Raises:
+        RuntimeError: if a method does not compute what the floor computes, so that comparing it would say nothing.
+    """
+    torch.set_num_threads(options.threads)
+    backend = paca.set_backend(options.backend) if options.backend else paca.get_backend()
+    methods = {method.name: method for method in options.methods}
+    result = Result(
+        command=command,
+        settings=options.recorded(),
+        machine=describe(backend),
+        shape=options.shape,
+        clock=_clock(options, backend),
+        methods={},
+    )
+    timed, peaks = "time" in options.measure, "peak" in options.measure
+    steps = len(methods) * ((options.rounds + options.warmup if timed else 0) + 1 + peaks)
+    dtype = getattr(torch, options.dtype)
+    contestants: dict[str, Contestant] = {}
+    # In a log file a line every half minute is enough.
+    with tqdm(total=steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+
+        def progress(what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update()
+
+        floor_output = None
+        for name, method in methods.items():
+            progress(f"build {name}")
+            contestant = Contestant(method, options.shape, dtype, backend, options.seed)
+            made = MethodResult(
+                label=method.label(options.shape),
+                rank=method.rank_for(options.shape),
+                trained=sum(parameter.numel() for parameter in contestant.trained),
+            )
+            output = first_step(contestant)
+            floor_output = floor_output or output
+            made.deviation = deviation(name, output, floor_output)
+            if "bytes" in options.measure:
+                made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
+            result.methods[name] = made
+            if timed:
+                contestants[name] = contestant
+        if timed:
+            result.load = time_rounds(
+                contestants, result.methods, options.rounds, options.warmup, options.seed, progress
+            )
+        contestants.clear()
+        for name in methods if peaks else ():
+            progress(f"memory of {name}")
+            result.methods[name].peak = measure_peak(
+                name, options.shape, options.dtype, backend.name, options.threads, options.seed
+            )
+    return result
+
+
+def _clock(options: Options, backend: Backend) -> str:
+    """Choose the clock of the tables.
+
+    CPU time leaves out what other processes take. It says nothing of an accelerator, and it counts threads that
+    wait for each other as if they worked.
+    """
+    if options.clock != "auto":
+        return options.clock
+    return "cpu" if backend.device().type == "cpu" and options.threads == 1 else "wall"

@@ -1,0 +1,165 @@
+"""Turns a raw result into tables: for a terminal, as plain text, or as the Markdown that the documentation shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paca.bench.methods import FLOOR
+from paca.bench.result import Result
+from paca.bench.statistics import kept_above_floor, lora_of_rank, milliseconds, peak_above_build, ratio
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of text; the first column is text, the others are numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables(result: Result) -> list[Table]:
+    """Return the tables for which there is data."""
+    timed = bool(result.methods[FLOOR].samples)
+    made = [_steps(result), _phases(result)] if timed else []
+    if result.methods[FLOOR].kept or result.methods[FLOOR].peak:
+        made.append(_memory(result))
+    return made
+
+
+def conditions(result: Result) -> list[str]:
+    """Return the lines that must stand beside the numbers."""
+    machine, shape = result.machine, result.shape
+    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    lines = [
+        f"{shape.layers} Llama layers, hidden {shape.hidden}, ffn {shape.ffn}, heads {shape.heads}/{shape.kv_heads}, "
+        f"batch {shape.batch} x {shape.tokens} tokens, {result.settings['dtype']}, AdamW",
+        f"{machine['processor']}, {machine['cores']} cores; device: {machine['device']}; threads: {machine['threads']}",
+        f"{packages}, Python {machine['python']}; commit {machine['revision'] or 'unknown'}; {machine['date']}",
+        f"command: {result.command}",
+    ]
+    if result.load:
+        clock = "process CPU time" if result.clock == "cpu" else "wall time"
+        lines.append(
+            f"{len(result.load)} rounds, interleaved in random order; {clock}; malloc: {machine['malloc']}; "
+            f"load average {min(result.load):.1f} to {max(result.load):.1f}"
+        )
+    return lines
+
+
+def as_markdown(result: Result) -> str:
+    """Return everything as Markdown."""
+    parts = []
+    for table in tables(result):
+        ruler = ["---", *("---:" for _ in table.head[1:])]
+        rows = [table.head, ruler, *table.rows]
+        parts.append(f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
+    notes = "\n".join(f"- {line}" for line in conditions(result))
+    return "\n\n".join([*parts, notes]) + "\n"
+
+
+def as_text(result: Result) -> str:
+    """Return everything as aligned plain text."""
+    parts = []
+    for table in tables(result):
+        widths = [max(len(row[i]) for row in [table.head, *table.rows]) for i in range(len(table.head))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in [table.head, ["-" * width for width in widths], *table.rows]
+        ]
+        parts.append("\n".join([table.title, *lines]))
+    return "\n\n".join([*parts, "\n".join(conditions(result))]) + "\n"
+
+
+def show(result: Result) -> None:
+    """Print everything to the terminal, with rich where it is installed and the output is a terminal."""
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+    except ImportError:
+        print(as_text(result))
+        return
+    console = Console()
+    if not console.is_terminal:
+        print(as_text(result))
+        return
+    for table in tables(result):
+        rich_table = RichTable(title=table.title, title_justify="left")
+        for i, name in enumerate(table.head):
+            rich_table.add_column(name, justify="right" if i else "left")
+        for row in table.rows:
+            rich_table.add_row(*row)
+        console.print(rich_table)
+    console.print("\n".join(conditions(result)), markup=False, highlight=False)
+
+
+def _steps(result: Result) -> Table:
+    floor = result.methods[FLOOR]
+    rows = []
+    for method in result.methods.values():
+        over = ratio(method, floor, "step", result.clock)
+        lora = lora_of_rank(result, method)
+        versus = ratio(method, lora, "step", result.clock) if lora else None
+        rows.append(
+            [
+                method.label,
+                f"{method.trained:,}",
+                f"{milliseconds(method, 'step', result.clock):,.1f}",
+                f"{over.median:.3f}",
+                f"{over.low:.3f} to {over.high:.3f}",
+                f"{over.quietest:.3f}",
+                f"{versus.median:.3f}" if versus else "-",
+                f"{versus.low:.3f} to {versus.high:.3f}" if versus else "-",
+                f"{versus.quietest:.3f}" if versus else "-",
+            ]
+        )
+    head = ["method", "trained", "step ms", "x floor", "quartiles", "min/min", "x LoRA", "quartiles", "min/min"]
+    title = "Training step (forward, backward, optimizer, write); x LoRA is PEFT's LoRA of the same rank"
+    return Table(title, head, rows)
+
+
+def _phases(result: Result) -> Table:
+    floor = result.methods[FLOOR]
+    step = milliseconds(floor, "step", result.clock)
+    rows = []
+    for method in result.methods.values():
+        lora = lora_of_rank(result, method)
+        row = [method.label]
+        for phase in ("forward", "backward"):
+            row += [
+                f"{milliseconds(method, phase, result.clock):,.1f}",
+                f"{ratio(method, floor, phase, result.clock).median:.3f}",
+                f"{ratio(method, lora, phase, result.clock).median:.3f}" if lora else "-",
+            ]
+        optimizer = milliseconds(method, "optimizer", result.clock)
+        versus = f"{ratio(method, lora, 'optimizer', result.clock).median:.2f}" if lora else "-"
+        rows.append([*row, f"{optimizer:.2f}", f"{100 * optimizer / step:.2f}", versus])
+    head = ["method", "forward ms", "x floor", "x LoRA", "backward ms", "x floor", "x LoRA"]
+    head += ["optimizer + write ms", "% of floor's step", "x LoRA"]
+    return Table("Where the time goes", head, rows)
+
+
+def _memory(result: Result) -> Table:
+    floor = result.methods[FLOOR]
+    tokens = result.shape.tokens_per_step
+    rows = []
+    for method in result.methods.values():
+        above, peak, least = kept_above_floor(result, method), peak_above_build(method), peak_above_build(floor)
+        kept = method.kept
+        rows.append(
+            [
+                method.label,
+                f"{kept.total / MB:,.2f}" if kept else "-",
+                f"{kept.layer / tokens:,.1f}" if kept else "-",
+                f"{above:,.1f}" if above is not None else "-",
+                f"{kept.total / floor.kept.total:.4f}" if kept and floor.kept else "-",
+                f"{peak / MB:,.0f}" if peak is not None else "-",
+                f"{(peak - least) / MB:+,.0f}" if peak is not None and least is not None else "-",
+            ]
+        )
+    head = ["method", "kept for backward MB", "bytes a token, last layer", "above the floor a token and layer"]
+    head += ["x floor", "peak above built model MB", "above the floor MB"]
+    return Table("Memory", head, rows)

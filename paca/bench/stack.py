@@ -1,0 +1,61 @@
+"""The measured model: Llama decoder layers from transformers with random weights, and a batch for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from paca.bench.shapes import Shape
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+    """Return a `LlamaModel` in training mode; the same weights for the same seed, drawn on the CPU.
+
+    The vocabulary is a stub: the stack is fed embeddings, and no loss is taken, since both cost every method alike.
+    """
+    from transformers import LlamaConfig, LlamaModel
+
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}  # not in the signature
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=max(shape.tokens, 2048),
+        vocab_size=8,
+        attention_dropout=0.0,
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaModel(config)
+    return model.to(device).train()
+
+
+def batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the embeddings, which require a gradient, and the output's gradient; both (batch, tokens, hidden)."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.batch, shape.tokens, shape.hidden)
+    x, gy = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    return x.requires_grad_(), gy
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the last hidden state, (batch, tokens, hidden)."""
+    return cast(Tensor, model(inputs_embeds=x, use_cache=False).last_hidden_state)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Create parameters in `dtype`; a later cast would round the rotary frequencies too, which stay in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
