@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not options.takes_keys:
         parser.error(f"paca {options.command} does not know {' '.join(rest)}; see paca {options.command} --help")
     try:
-        options.run(options, rest)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks a model by the name that transformers 5 renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            options.run(options, rest)
     except KeyboardInterrupt:
         hint = "; --resume_from_checkpoint auto goes on from the newest complete checkpoint"
         print(f"\ninterrupted{hint if options.command == 'train' else ''}", file=sys.stderr)
@@ -211,6 +215,8 @@ def _generate(options: argparse.Namespace, words: list[str]) -> None:
     from paca.recipe import RecipeError
 
     model, tokenizer = _adapted(words, with_adapter=not options.base)
+    if not model.can_generate():
+        raise RecipeError("this adapter is for a model that generates no text; paca evaluate measures it")
     how = {key: getattr(options, key) for key in ("chat", "max_new_tokens", "temperature", "seed")}
     try:
         answers = generate(model, tokenizer, options.prompt, **how)

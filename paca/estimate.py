@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from paca.pretrained import dtype_argument
 from paca.recipe import Recipe
 
 # Bytes of optimizer state for each trained float32 value; two moments unless named here.
@@ -42,7 +43,7 @@ class Estimate:
     def lines(self) -> list[str]:
         """What `--dry-run` prints."""
         share = 100 * self.trainable / self.total
-        batch = f"{self.sequences} x {self.length} tokens"
+        batch = f"{self.sequences} x {self.length} tokens"  # dynamic padding may make them shorter
         kept = _size(self.activations) if self.activations is not None else f"not estimated ({self.why})"
         return [
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}",
@@ -52,7 +53,7 @@ class Estimate:
             f"  deltas                {_size(self.deltas)}",
             f"  gradients             {_size(self.gradients)}",
             f"  optimizer             {_size(self.optimizer)}",
-            f"  kept for backward     {kept}, for {batch}",
+            f"  kept for backward     {kept}, at {batch}",
             f"  total                 {_size(self.bytes)}",
             "Sums of tensor sizes. What is kept for backward is counted by running the frozen model on shapes alone,",
             "plus r channels for each gather. Temporaries, caches and the framework itself come on top.",
@@ -75,8 +76,6 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
     from peft import get_peft_model
 
     from paca.layer import PacaLayer
-    from paca.model import PacaModel, rank_of
-    from paca.select import shared_name
     from paca.training import adapter_config
 
     if classes:
@@ -87,7 +86,6 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
     with torch.device("meta"):
         base = _empty(recipe, config, dtype)
         weights = sum(p.numel() * p.element_size() for p in base.parameters())
-        targets = PacaModel.targets(base, settings)
         model = get_peft_model(base, settings, low_cpu_mem_usage=True)
     trainable, total = model.get_nb_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -96,13 +94,7 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
     width = torch.empty((), dtype=dtype).element_size()
     columns = sum(delta.numel() * width for layer in layers for delta in layer.paca_delta.values())
     sequences = int(recipe.training.get("per_device_train_batch_size", 8))
-    gathers: dict[str, int] = {}
-    for name in targets:
-        gathers[shared_name(name) if settings.share_columns else name] = rank_of(settings, name)
-    computed = 2 if recipe.training.get("bf16") or recipe.training.get("fp16") else width
-    kept, why = _kept_for_backward(recipe, config, dtype, sequences, length)
-    if kept is not None:
-        kept += sequences * length * sum(gathers.values()) * computed
+    kept, why = _kept_for_backward(recipe, config, settings, dtype, sequences, length)
     return Estimate(
         trainable=trainable,
         total=total,
@@ -119,33 +111,34 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
     )
 
 
-def _kept_for_backward(recipe: Recipe, config: Any, dtype: Any, sequences: int, length: int) -> tuple[int | None, str]:
-    """Bytes that autograd keeps in one forward of the frozen model, gradients flowing through, or why unknown.
+def _kept_for_backward(
+    recipe: Recipe, config: Any, settings: Any, dtype: Any, sequences: int, length: int
+) -> tuple[int | None, str]:
+    """Bytes that autograd keeps between forward and backward, or why they are unknown.
 
-    Under gradient checkpointing: what one block and the ends of the model keep, and the input of every block.
+    Under gradient checkpointing: what the ends of the model and one block keep, and the input of every block.
     """
     import copy
 
     try:
-        whole = _saved_bytes(recipe, config, dtype, sequences, length)
-        checkpointing = recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")
-        if not checkpointing:
-            return whole, ""
-        blocks = int(config.num_hidden_layers)
-        shallow = copy.deepcopy(config)
-        shallow.num_hidden_layers = 1
-        if getattr(shallow, "layer_types", None):
-            shallow.layer_types = shallow.layer_types[:1]
-        ends_and_one = _saved_bytes(recipe, shallow, dtype, sequences, length)
-        inputs = blocks * sequences * length * int(config.hidden_size) * dtype.itemsize
-        return ends_and_one + inputs, ""
+        if not (recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")):
+            return _saved_bytes(recipe, config, settings, dtype, sequences, length), ""
+        one_block = copy.deepcopy(config)
+        one_block.num_hidden_layers = 1
+        if getattr(one_block, "layer_types", None):
+            one_block.layer_types = one_block.layer_types[:1]
+        inputs = int(config.num_hidden_layers) * sequences * length * int(config.hidden_size) * dtype.itemsize
+        return _saved_bytes(recipe, one_block, settings, dtype, sequences, length) + inputs, ""
     except Exception as error:  # custom model code may look at values, which shapes alone do not have
         return None, f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
-def _saved_bytes(recipe: Recipe, config: Any, dtype: Any, sequences: int, length: int) -> int:
+def _saved_bytes(recipe: Recipe, config: Any, settings: Any, dtype: Any, sequences: int, length: int) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from paca.model import PacaModel, rank_of
+    from paca.select import shared_name
 
     kept: dict[int, tuple[Any, int]] = {}
 
@@ -156,17 +149,31 @@ def _saved_bytes(recipe: Recipe, config: Any, dtype: Any, sequences: int, length
 
     with FakeTensorMode():
         model = _empty(recipe, config, dtype)
-        model.requires_grad_(False)
-        model.train()
+        model.requires_grad_(False).train()
         own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        targets = PacaModel.targets(model, settings)
+        for module in targets.values():
+            module.register_forward_hook(_start_gradient)
         ids = torch.zeros((sequences, length), dtype=torch.int64)
-        labels = ids if recipe.run.task == "causal_lm" else torch.zeros((sequences,), dtype=torch.int64)
-        compute = {True: torch.bfloat16}.get(bool(recipe.training.get("bf16") or recipe.training.get("fp16")), dtype)
-        autocast = torch.autocast("cpu", compute, enabled=compute is not dtype)
+        batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        if recipe.run.task != "causal_lm":
+            batch["labels"] = torch.zeros((sequences,), dtype=torch.int64)
+        elif recipe.run.packing:
+            # Nothing is padded, so that attention needs no mask; transformers sees that only where there is a cache.
+            batch |= {"attention_mask": None, "use_cache": True}
+        low = bool(recipe.training.get("bf16") or recipe.training.get("fp16"))
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=low)
         with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-    return sum(size for key, (_, size) in kept.items() if key not in own)
+            model(**batch)
+    gathers = {shared_name(name) if settings.share_columns else name: rank_of(settings, name) for name in targets}
+    channels = sequences * length * sum(gathers.values()) * (2 if low else dtype.itemsize)
+    return channels + sum(size for key, (_, size) in kept.items() if key not in own)
+
+
+def _start_gradient(module: Any, inputs: Any, output: Any) -> None:
+    """Let gradients flow from the first adapted layer on, as they do when it trains."""
+    if not output.requires_grad:
+        output.requires_grad_(True)
 
 
 def _empty(recipe: Recipe, config: Any, dtype: Any) -> Any:
@@ -176,7 +183,8 @@ def _empty(recipe: Recipe, config: Any, dtype: Any) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
     if recipe.run.task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
-    return auto.from_config(config, trust_remote_code=recipe.run.trust_remote_code).to(dtype)
+    options = {dtype_argument(): dtype, "trust_remote_code": recipe.run.trust_remote_code}
+    return auto.from_config(config, **options)
 
 
 def _dtype(recipe: Recipe, config: Any) -> Any:

@@ -69,7 +69,7 @@ def load_model(run: RunOptions, config: Any) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
     if run.task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
-    options: dict[str, Any] = {"config": config, _dtype_name(): run.dtype}
+    options: dict[str, Any] = {"config": config, dtype_argument(): run.dtype}
     if run.attn_implementation:
         options["attn_implementation"] = run.attn_implementation
     return _load("model_name_or_path", run, lambda source, **known: auto.from_pretrained(source, **known, **options))
@@ -135,8 +135,8 @@ def _load(key: str, run: RunOptions, load: Callable[..., Loaded]) -> Loaded:
         raise RecipeError(f"{key} {name} cannot be loaded: {where}{error}") from error
 
 
-def _dtype_name() -> str:
-    """`torch_dtype` was renamed in transformers 4.56."""
+def dtype_argument() -> str:
+    """The name that `from_pretrained` and `from_config` give to the dtype: `torch_dtype` was renamed in transformers 4.56."""
     import transformers
     from packaging.version import Version
 

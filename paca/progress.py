@@ -30,8 +30,8 @@ def log_line(logs: Mapping[str, Any], step: int, last: int) -> str | None:
     return " · ".join([where, *shown])
 
 
-def use_readable_log(trainer: Any) -> None:
-    """Put lines of ours in the place of the Trainer's printed dictionaries."""
+def use_readable_log(trainer: Any, lines: bool = True) -> None:
+    """Put lines of ours, or none, in the place of the Trainer's printed dictionaries."""
     from tqdm import tqdm
     from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -54,4 +54,5 @@ def use_readable_log(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
     if bar:
         trainer.add_callback(QuietProgress)
-    trainer.add_callback(ReadableLog)
+    if lines:
+        trainer.add_callback(ReadableLog)

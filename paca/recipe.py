@@ -299,7 +299,7 @@ class _Mismatch(Exception):
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Return the value as the hinted type, changing only what YAML leaves open: 1 for 1.0, 1e3 for 1000, yes and no.
+    """Return the value as the hinted type, changing only what YAML leaves open: 1e3 for 1000, yes and no, one for a list of one.
 
     Raises:
         _Mismatch: if it does not fit.
@@ -311,7 +311,8 @@ def convert(value: Any, hint: Any) -> Any:
         choices = [arg for arg in args if _is_choice(arg)]
         # An enum next to `str` is the list of the strings that are meant: `SchedulerType | str`.
         members = [arg for arg in args if not (choices and arg is str)]
-        for arg in sorted(members, key=lambda arg: arg in (float, str)):  # an int stays an int where both fit
+        # What is of a member's very type stays as it is: 3 an int, "a" text and no list of one.
+        for arg in sorted(members, key=lambda arg: type(value) is not arg):
             try:
                 return convert(value, arg)
             except _Mismatch:
@@ -339,9 +340,8 @@ def _convert_plain(value: Any, hint: Any) -> Any:
         return _BOOLEANS[value.lower()]
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    allowed = (int, float) if hint is float else hint
+    if isinstance(hint, type) and isinstance(value, allowed) and (hint is bool or not isinstance(value, bool)):
         return value
     raise _Mismatch(value)
 

@@ -142,9 +142,11 @@ def _read_json(file: Path) -> Iterator[Row]:
             continue
         where = f"{file}:{number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line.strip())
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+            raise DataError(
+                f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            ) from error
         yield _object(values, where)
 
 
@@ -154,7 +156,9 @@ def _read_json_array(file: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(
+            f"{file}:{error.lineno}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        ) from error
     for number, values in enumerate(items, start=1):
         yield _object(values, f"{file}, item {number}")
 

@@ -25,6 +25,7 @@ from paca.pretrained import (
     load_tokenizer,
     max_positions,
 )
+from paca.progress import use_readable_log
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
 from paca.trainer import token_weighted, trainer_class, training_arguments_class
@@ -86,6 +87,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     say(counts)
 
     trainer = _trainer(recipe, arguments, model, tokenizer, data, length)
+    use_readable_log(trainer)
     out = recipe.output_dir
     try:
         if _is_main():
@@ -95,7 +97,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
         set_seed(arguments.seed)  # what was evaluated or generated before must not change the training
         metrics = before | _train(trainer, start)
         if data.held_out:
-            metrics |= trainer.evaluate()
+            metrics |= _after(trainer)
         _add_samples(samples, "after", recipe, trainer, tokenizer, data.chat)
         trainer.accelerator.wait_for_everyone()
         _save(recipe, trainer, metrics, samples, counts)
@@ -126,8 +128,10 @@ def evaluate(recipe: Recipe, adapter: Path | None, say: Say = print) -> dict[str
         arguments = training_arguments(recipe.with_training(output_dir=scratch), data, evaluate_only=True)
         model = base_model(recipe, config, data.classes, tokenizer)
         model = load_adapter(model, adapter) if adapter else model
-        metrics: dict[str, Any] = _trainer(recipe, arguments, model, tokenizer, data, length).evaluate()
-    return metrics
+        trainer = _trainer(recipe, arguments, model, tokenizer, data, length)
+        use_readable_log(trainer, lines=False)
+        metrics: dict[str, Any] = trainer.evaluate()
+    return {key: value for key, value in metrics.items() if key not in ("epoch", "eval_model_preparation_time")}
 
 
 def of_adapter(adapter: Path, given: Mapping[str, Given]) -> Recipe:
@@ -416,10 +420,8 @@ def _collator(recipe: Recipe, tokenizer: Any, length: int) -> Collator:
 
 
 def _trainer(recipe: Recipe, arguments: Any, model: Any, tokenizer: Any, data: Data, length: int) -> Any:
-    from paca.progress import use_readable_log
-
     causal = recipe.run.task == "causal_lm"
-    trainer = token_weighted(trainer_class(), perplexity=causal)(
+    return token_weighted(trainer_class(), perplexity=causal)(
         model=model,
         args=arguments,
         train_dataset=data.train.dataset if data.train else None,
@@ -428,8 +430,6 @@ def _trainer(recipe: Recipe, arguments: Any, model: Any, tokenizer: Any, data: D
         processing_class=tokenizer,
         compute_metrics=None if causal else _accuracy,
     )
-    use_readable_log(trainer)
-    return trainer
 
 
 def _accuracy(predictions: Any) -> dict[str, float]:
@@ -451,6 +451,15 @@ def _before(
     metrics: dict[str, Any] = trainer.evaluate(metric_key_prefix="eval_before") if data.held_out else {}
     _add_samples(samples, "before", recipe, trainer, tokenizer, data.chat)
     return metrics, samples
+
+
+def _after(trainer: Any) -> dict[str, Any]:
+    """Measure the trained model, unless that was done after the last step."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in last.items() if key != "step"}
+    metrics: dict[str, Any] = trainer.evaluate()
+    return metrics
 
 
 def _add_samples(
