@@ -19,6 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from paca.backend import Ops
+from paca.strategies import ColumnWrite
+
 if TYPE_CHECKING:
     from paca.layer import PacaLayer
 
@@ -73,13 +76,14 @@ def verify(model: nn.Module) -> None:
 
 def write(layers: Iterable[PacaLayer]) -> None:
     """Write the columns of many layers, those of one backend in one call."""
-    by_ops: dict[Any, list[PacaLayer]] = {}
+    by_ops: dict[Ops, list[tuple[PacaLayer, ColumnWrite]]] = {}
     for layer in layers:
-        if layer.prepare_write():
-            by_ops.setdefault(layer.ops, []).append(layer)
+        planned = layer.planned_write()
+        if planned is not None:
+            by_ops.setdefault(layer.adapted.ops, []).append((layer, planned))
     for ops, group in by_ops.items():
-        ops.write_columns([layer.column_write() for layer in group])
-        for layer in group:
+        ops.write_columns([planned for _, planned in group])
+        for layer, _ in group:
             layer.mark_written()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -15,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from paca import freshness
 from paca.backend import Backend
-from paca.errors import BaseMismatchError, StaleColumnsError
+from paca.columns import AdaptedWeight, Adapter, Columns, is_sharded
+from paca.errors import BaseMismatchError
 from paca.fingerprint import fingerprint, mismatch
-from paca.linear import Held, PacaLinear, backwards, columns_in
+from paca.linear import PacaLinear, backwards, columns_in
 from paca.select import checked_columns
 from paca.strategies import ColumnWrite, adapted_columns
 
@@ -44,10 +44,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str, backend: Backend, residency: str = "resident") -> None:
         super().__init__()
+        self.in_features, self.out_features = in_out_features(base_layer)
         self.base_layer = base_layer
         self.name = name
-        self.residency = residency
-        self.ops = backend.ops
+        self.adapted = AdaptedWeight(self.get_base_layer(), name, backend.ops, residency)
         self.steps_per_check = backend.capabilities.steps_per_check
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
@@ -57,10 +57,6 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.paca_indices = BufferDict({}, persistent=True)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._columns: Columns | None = None
-        self._held = Held()
-        self._home: int | None = None  # id of the weight last seen
-        self.in_features, self.out_features = in_out_features(base_layer)
         freshness.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -148,42 +144,37 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = self._wanted()
-        if not names or self.merged:
+        adapters = self.held_adapters()
+        if not adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not torch.compiler.is_compiling():
             self.sync()
-        columns = self._columns
+        adapted, columns = self.adapted, self.adapted.columns
         if columns is None:
             raise RuntimeError(
                 f"{self.name}: weight or adapter is on the meta device; load their values before running the model"
             )
-        deltas = [self.paca_delta[name] for name in names]
+        resident = adapted.residency == "resident"
+        delta, scale = columns.combined(adapters)
         bias = self.get_base_layer().bias
-        trains = any(delta.requires_grad for delta in deltas)
-        resident = self.residency == "resident"
+        trains = any(adapter.delta.requires_grad for adapter in adapters)
         if not (torch.is_grad_enabled() and (trains or x.requires_grad or (bias is not None and bias.requires_grad))):
-            if resident:
-                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-            delta, scale = columns.combined(deltas, [self.scaling[name] for name in names])
-            with columns_in(self._weight(), columns.index, columns.base, delta, scale, self.ops):
+            base = None if resident else columns.base
+            with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
-        delta, scale = columns.combined(deltas, [self.scaling[name] for name in names])
         dtype = _compute_dtype(x)
-        xs = self._gathered(x, columns, dtype) if trains else None
-        held = self._held if resident and not torch.compiler.is_compiling() else None
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype),
-            xs,
-            self._weight(),
+            self._gathered(x, columns, dtype) if trains else None,
+            adapted.matrix,
             bias,
             delta,
             columns.index,
             scale,
             None if resident else columns.base,
-            held,
-            self.ops,
+            adapted.held if resident and not torch.compiler.is_compiling() else None,
+            adapted.ops,
         )
         return y
 
@@ -192,8 +183,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         It is remembered on `x` itself, so that it lives no longer than `x` does.
         """
+        gather = self.adapted.ops.gather
         if torch.compiler.is_compiling() or type(x) is not Tensor:
-            return self.ops.gather(x.detach(), columns.index).to(dtype)
+            return gather(x.detach(), columns.index).to(dtype)
         now = (x._version, backwards())
         then, slices = cast(_Gathered, getattr(x, "_paca_gathered", (None, {})))
         if then != now:
@@ -201,10 +193,19 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             x._paca_gathered = (now, slices)  # type: ignore[attr-defined]
         key = (columns.key, dtype)
         if key not in slices:
-            slices[key] = self.ops.gather(x.detach(), columns.index).to(dtype)
+            slices[key] = gather(x.detach(), columns.index).to(dtype)
         return slices[key]
 
-    # ------------------------------------------------------------------ write and undo
+    # ------------------------------------------------------------------ what the weight holds
+
+    def held_adapters(self) -> list[Adapter]:
+        """List the adapters whose columns the weight should hold."""
+        unmerged = [] if self.disable_adapters else self._live(self.active_adapters)
+        names = self.merged_adapters or unmerged
+        return [Adapter(n, self.paca_delta[n], self.paca_indices[n], self.scaling[n]) for n in names]
+
+    def _live(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.paca_delta]
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -212,145 +213,33 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         Does nothing before values are loaded.
         """
-        names = self._wanted()
-        if self.merged:
-            if self._held.key is None:
-                self._write_merged()
-        elif not names:
-            self._restore()
-            self._columns = None
-        elif self._ready(names):
-            self._check_home()
-            if self.residency == "swap":
-                self._plan(names)
-            elif self._held.key is None or self._held.key != self._key(names):
-                freshness.write([self])
+        adapters = self.held_adapters()
+        if not adapters:
+            self.adapted.restore()
+            self.adapted.columns = None
+        elif self.merged or not self.adapted.ready(adapters):
+            return  # `merge` has written; the load that brings the values will
+        elif self.adapted.residency == "swap":
+            self.adapted.plan(adapters)
+        elif not self.adapted.is_fresh(adapters, freshness.epoch()):
+            freshness.write([self])
 
-    @torch.no_grad()
-    def prepare_write(self) -> bool:
-        """Plan the columns to be held; returns whether they can be written to the weight now."""
-        names = self._wanted()
-        if self.merged or not names or not self._ready(names):
-            return False
-        self._check_home()
-        if self.residency == "swap":
-            return False
-        self._plan(names)
-        return True
-
-    def _plan(self, names: Sequence[str]) -> None:
-        """Keep the pretrained columns of these adapters, unless that is done already."""
-        if is_sharded(self.get_base_layer().weight):
-            return  # the next forward sees the whole weight
-        if self._columns is None or not self._columns.covers(names, self._weight()):
-            self._restore()
-            self._columns = Columns(self._weight(), names, [self.paca_indices[name] for name in names])
-
-    def column_write(self) -> ColumnWrite:
-        """What is to be written to the weight; after `prepare_write`."""
-        columns = self._planned()
-        names = columns.names
-        delta, scale = columns.combined([self.paca_delta[n].detach() for n in names], [self.scaling[n] for n in names])
-        return ColumnWrite(self._weight(), columns.index, columns.base, delta, scale)
+    def planned_write(self) -> ColumnWrite | None:
+        """Return what is to be written to the weight now, if it can hold its columns."""
+        adapters = self.held_adapters()
+        if self.merged or not adapters or not self.adapted.ready(adapters):
+            return None
+        self.adapted.plan(adapters)
+        return self.adapted.column_write(adapters) if self.adapted.residency == "resident" else None
 
     def mark_written(self) -> None:
-        """Note that the weight holds the planned columns."""
-        self._held.key = self._key(self._planned().names)
+        """Note that the weight holds its columns."""
+        self.adapted.mark_written(self.held_adapters(), freshness.epoch())
 
     @torch.no_grad()
     def check_columns(self, rows: int | None = None) -> None:
-        """Compare the weight's columns with what they should be, bit for bit.
-
-        Args:
-            rows: look at this many rows only, spread over the weight; all by default.
-
-        Raises:
-            StaleColumnsError: if they differ although no change was seen.
-        """
-        names = self._wanted()
-        if (
-            self._columns is None
-            or self._held.key is None
-            or not self._ready(names)
-            or self._held.key != self._key(names)
-        ):
-            return  # not resident, or known to be out of date: the next forward writes
-        write = self.column_write()
-        some = slice(0, None, 1 if rows is None else math.ceil(self.out_features / rows))
-        found = write.weight[some].index_select(1, write.index)
-        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
-        if not torch.equal(found.nan_to_num(), wanted.nan_to_num()):
-            raise StaleColumnsError(
-                f"{self.name}: the weight does not hold the adapter's columns. Its delta or its weight was changed in "
-                "a way torch cannot see (.data, a custom kernel, or an edit of a compiled model). Call "
-                "paca.refresh(model) after such a change; edit base weights inside `with model.disable_adapter():`."
-            )
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        """Put the pretrained columns back, bit for bit."""
-        if self._held.key is not None and self._columns is not None:
-            self._weight().index_copy_(1, self._columns.index, self._columns.base)
-        self._held.key = None
-
-    def _wanted(self) -> list[str]:
-        """Name the adapters whose columns the weight should hold."""
-        if self.merged_adapters:
-            return self.merged_adapters
-        return [] if self.disable_adapters else self._live(self.active_adapters)
-
-    def _live(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self.paca_delta]
-
-    def _ready(self, names: Sequence[str]) -> bool:
-        """Whether all values are there: tensors wait on the meta device until they are loaded."""
-        tensors = [
-            self.get_base_layer().weight,
-            *(self.paca_delta[n] for n in names),
-            *(self.paca_indices[n] for n in names),
-        ]
-        return not any(tensor.is_meta for tensor in tensors)
-
-    def _key(self, names: Sequence[str]) -> object:
-        """Say what the weight would hold if it were written now: equal keys mean equal contents."""
-        deltas = [self.paca_delta[name] for name in names]
-        weight = self.get_base_layer().weight
-        return (
-            freshness.epoch(),
-            weight.data_ptr(),
-            weight.dtype,
-            *(
-                (n, d.data_ptr(), d._version, self.paca_indices[n]._version, self.scaling[n])
-                for n, d in zip(names, deltas, strict=True)
-            ),
-        )
-
-    def _check_home(self) -> None:
-        """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only."""
-        weight = self.get_base_layer().weight
-        replaced = self._home is not None and self._home != id(weight)
-        self._home = id(weight)
-        if self.residency == "swap":
-            return
-        if why := why_not_resident(weight, replaced):
-            warnings.warn(
-                f"paca: {self.name}: {why}; its columns are swapped in around each GEMM from now on", stacklevel=2
-            )
-            self.residency = "swap"
-            self._held.key = None
-
-    def _weight(self) -> Tensor:
-        """The frozen weight as (out, in), a transposed view for Conv1D."""
-        return self._oriented(self.get_base_layer().weight)
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        """Turn (out, in) into the weight's own layout, or back."""
-        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
-
-    def _planned(self) -> Columns:
-        if self._columns is None:
-            raise RuntimeError(f"{self.name}: no adapter is active")
-        return self._columns
+        """Raise `StaleColumnsError` if the weight does not hold what it should; see `AdaptedWeight.check`."""
+        self.adapted.check(self.held_adapters(), freshness.epoch(), rows)
 
     # ------------------------------------------------------------------ merge
 
@@ -376,17 +265,23 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
-        self._restore()
+        self.adapted.restore()
         self.sync()
+
+    def write_again(self) -> None:
+        """Write what the weight should hold after its values were replaced."""
+        if self.merged:
+            self._write_merged()
+        else:
+            self.sync()
 
     @torch.no_grad()
     def _write_merged(self) -> None:
         """Write the merged columns, also to a weight that is not resident otherwise."""
-        names = self._wanted()
-        if self._ready(names):
-            self._plan(names)
-            self.ops.write_columns([self.column_write()])
-            self.mark_written()
+        adapters = self.held_adapters()
+        self.adapted.plan(adapters)
+        self.adapted.ops.write_columns([self.adapted.column_write(adapters)])
+        self.mark_written()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -411,33 +306,29 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         delta = self.paca_delta[adapter].detach()
         dense = delta.new_zeros(self.out_features, self.in_features)
         dense.index_copy_(1, self.paca_indices[adapter], delta * self.scaling[adapter])
-        return self._oriented(dense)
+        return self.adapted.oriented(dense)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PaCA is LoRA with a fixed one-hot A; `paca.convert_to_lora` does it without loss."""
         return True
 
-    def base_columns(self, adapter: str) -> Tensor:
-        """Return a copy of the pretrained columns that an adapter trains, (out, r), whatever the weight holds now."""
-        weight = self._weight().detach()
-        columns = weight.index_select(1, self.paca_indices[adapter])
-        if self._held.key is not None and self._columns is not None:
-            position = torch.searchsorted(self._columns.index, self.paca_indices[adapter])
-            position = position.clamp(max=len(self._columns.index) - 1)
-            kept = self._columns.index[position] == self.paca_indices[adapter]
-            columns = torch.where(kept, self._columns.base[:, position], columns)
-        return columns
+    @property
+    def residency(self) -> str:
+        """Where the columns live between steps: "resident" or "swap"."""
+        return self.adapted.residency
 
     def pretrained_weight(self) -> Tensor:
         """Return the pretrained weight, (out, in); a copy if it holds adapted columns now."""
-        weight = self._weight().detach()
-        if self._held.key is None or self._columns is None:
-            return weight
-        return weight.index_copy(1, self._columns.index, self._columns.base)
+        return self.adapted.pretrained()
+
+    def base_columns(self, adapter: str) -> Tensor:
+        """Return a copy of the pretrained columns that an adapter trains, (out, r), whatever the weight holds now."""
+        return self.adapted.pretrained_columns(self.paca_indices[adapter])
 
     def has_values(self, adapter: str) -> bool:
         """Whether weight and adapter are loaded, not on the meta device or one rank's part."""
-        return self._ready([adapter]) and not is_sharded(self.get_base_layer().weight)
+        mine = Adapter(adapter, self.paca_delta[adapter], self.paca_indices[adapter], self.scaling[adapter])
+        return self.adapted.ready([mine]) and not is_sharded(self.adapted.parameter)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As `nn.Module.state_dict`, with the pretrained weight.
@@ -446,22 +337,19 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         key = f"{prefix}base_layer.weight"
-        if self._held.key is not None and self._columns is not None and not self.merged and key in state:
+        if self.adapted.held.key is not None and not self.merged and key in state:
             state[key] = state[key].detach().clone()
-            self._oriented(state[key]).index_copy_(1, self._columns.index, self._columns.base)
+            self.adapted.pretrained_into(state[key])
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Restore the weight before it may be overwritten; `_after_load` writes the columns again."""
-        self._restore()
-        self._columns = self._home = None
+        self.adapted.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._columns is not None:
-            self._columns.apply(fn)
-        self._home = None
+        self.adapted.apply(fn)
         return self
 
     def train(self, mode: bool = True) -> PacaLayer:
@@ -471,14 +359,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """
         changed = mode != self.training
         super().train(mode)
-        if changed and self._held.key is not None and not self.merged:
+        if changed and self.adapted.held.key is not None and not self.merged:
             with torch.no_grad():
                 freshness.write([self])
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._home = None
         freshness.watch(self)
 
     def extra_repr(self) -> str:
@@ -486,45 +373,6 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, residency={self.residency}"
         )
-
-
-class Columns:
-    """The columns of one weight that a set of adapters trains, and the pretrained values there.
-
-    Attributes:
-        names: the adapters.
-        index: (u,) int64, the sorted union of their columns.
-        base: (out, u) in the weight's dtype.
-        key: equal for equal `index`, cheap to compare.
-    """
-
-    def __init__(self, weight: Tensor, names: Sequence[str], indices: Sequence[Tensor]) -> None:
-        self.names = list(names)
-        with torch.inference_mode(False):  # or autograd could not use them later
-            self.index = indices[0] if len(indices) == 1 else torch.cat(list(indices)).unique()
-            self.base = weight.detach().index_select(1, self.index)
-            one = len(indices) == 1
-            self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
-        self.key = self.index.cpu().numpy().tobytes()
-
-    def covers(self, names: Sequence[str], weight: Tensor) -> bool:
-        """Whether this plan still serves: the same adapters on the same device."""
-        return self.names == list(names) and self.base.device == weight.device
-
-    def combined(self, deltas: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, float]:
-        """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""
-        if self.positions is None:
-            return deltas[0], scales[0]
-        total = torch.zeros(self.base.shape, dtype=deltas[0].dtype, device=self.base.device)
-        for delta, scale, position in zip(deltas, scales, self.positions, strict=True):
-            total = total.index_add(1, position, delta * scale)
-        return total, 1.0
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a move or cast of the model."""
-        self.index, self.base = fn(self.index), fn(self.base)
-        if self.positions is not None:
-            self.positions = [fn(position) for position in self.positions]
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
@@ -546,27 +394,6 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
         f"PaCA adapts torch.nn.Linear and transformers Conv1D, found "
         f"{type(layer).__module__}.{type(layer).__name__}.{own}"
     )
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether this is one rank's part of a weight (FSDP1, FSDP2, tensor parallel)."""
-    return hasattr(weight, "_fsdp_flattened") or any(cls.__name__ == "DTensor" for cls in type(weight).__mro__)
-
-
-def why_not_resident(weight: Tensor, replaced: bool = False) -> str:
-    """Say why a weight cannot hold columns between steps, or nothing if it can.
-
-    Args:
-        weight: the frozen weight.
-        replaced: whether another tensor has taken the place of the one seen before.
-    """
-    if hasattr(weight, "ds_id"):
-        return "the weight is partitioned by DeepSpeed ZeRO-3"
-    if is_sharded(weight):
-        return "the weight is sharded"
-    if replaced and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "the weight was replaced while running distributed, as sharding does"
-    return ""
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -596,4 +423,4 @@ def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
                 "trained on, or, if you mean it, pass a config with check_base=False: "
                 "config = PeftConfig.from_pretrained(…); config.check_base = False"
             )
-    layer.sync()
+    layer.write_again()

@@ -22,9 +22,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from paca.columns import why_not_resident
 from paca.config import PacaConfig, settings
 from paca.fingerprint import fingerprint
-from paca.layer import PacaLayer, in_out_features, why_not_resident
+from paca.layer import PacaLayer, in_out_features
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 

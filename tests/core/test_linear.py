@@ -132,7 +132,7 @@ def test_the_bound_catches_real_defects(defect):
         "gradient cast": lambda gy, xs: (gy.t() @ xs).bfloat16().float(),
     }[defect]
     layer = make_layer(16, 8, 4)
-    layer.ops = replace(layer.ops, grad_columns=broken)
+    layer.adapted.ops = replace(layer.adapted.ops, grad_columns=broken)
     x, gy = torch.randn(32, 16), torch.randn(32, 8)
     layer(x).backward(gy)
     xs = x.double()[:, layer.paca_indices["default"]]
@@ -191,7 +191,7 @@ class Kept:
 def test_exactly_r_channels_are_kept_for_backward(dtype, residency, gather):
     layer = make_layer(64, 32, 5, dtype, residency=residency, gather=gather)
     x = torch.randn(10, 64, dtype=dtype, requires_grad=True)
-    owned = [layer._columns.base, layer._columns.index]  # the layer's own, kept anyway
+    owned = [layer.adapted.columns.base, layer.adapted.columns.index]  # the layer's own, kept anyway
     with Kept(*layer.parameters(), *owned) as kept:
         layer(x)
     assert kept.bytes == 10 * 5 * dtype.itemsize
@@ -213,8 +213,8 @@ def test_layers_that_read_the_same_input_gather_once_and_keep_it_once():
     first = make_layer(64, 32, 5)
     second = make_layer(64, 16, 5)
     gathers = []
-    counting = replace(first.ops, gather=lambda x, index: gathers.append(1) or x.index_select(-1, index))
-    first.ops = second.ops = counting
+    counting = replace(first.adapted.ops, gather=lambda x, index: gathers.append(1) or x.index_select(-1, index))
+    first.adapted.ops = second.adapted.ops = counting
     x = torch.randn(10, 64, requires_grad=True)
     with Kept(*first.parameters(), *second.parameters()) as kept:
         total = first(x).sum() + second(x).sum()

@@ -109,7 +109,7 @@ def test_a_layer_keeps_the_backend_it_was_made_with(third_party):
     paca.set_backend("dummy", gather="one_hot")
     layer = paca.PacaLayer(torch.nn.Linear(4, 4), "layer", paca.get_backend())
     paca.set_backend("cpu")
-    assert layer.ops.gather is strategies.gather_one_hot
+    assert layer.adapted.ops.gather is strategies.gather_one_hot
 
 
 def test_compile_mode_compiles():

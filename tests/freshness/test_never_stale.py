@@ -62,13 +62,13 @@ def count_writes(model) -> list[str]:
     names = {}
     for layer in layers_of(model):
         names[layer.get_base_layer().weight.data_ptr()] = layer.name
-        write = layer.ops.write_columns
+        write = layer.adapted.ops.write_columns
 
         def record(writes, write=write):
             written.extend(names[w.weight.data_ptr()] for w in writes)
             write(writes)
 
-        layer.ops = replace(layer.ops, write_columns=record)
+        layer.adapted.ops = replace(layer.adapted.ops, write_columns=record)
     return written
 
 

@@ -93,4 +93,4 @@ def test_a_compiled_model_follows_switches_and_loads():
     assert torch.allclose(model(ids).logits, adapted, **close)
     model.load_state_dict({k: torch.zeros_like(v) if "paca_delta" in k else v for k, v in model.state_dict().items()})
     assert torch.allclose(model(ids).logits, base, **close)
-    assert all(layer._held.key is not None for layer in model.modules() if isinstance(layer, PacaLayer))
+    assert all(layer.adapted.held.key is not None for layer in model.modules() if isinstance(layer, PacaLayer))

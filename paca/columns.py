@@ -1,0 +1,246 @@
+"""What the trained columns of one frozen weight hold: planned, written, checked, and put back bit for bit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from paca.backend import Ops
+from paca.errors import StaleColumnsError
+from paca.linear import Held
+from paca.strategies import ColumnWrite, adapted_columns
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter's part of a layer: the weight becomes `W0[:, index] + scale·delta` there."""
+
+    name: str
+    delta: Tensor  # (out, r)
+    index: Tensor  # (r,) int64, sorted
+    scale: float
+
+    def key(self) -> tuple[object, ...]:
+        """Change whenever torch can tell that a value changed."""
+        return self.name, self.delta.data_ptr(), self.delta._version, self.index._version, self.scale
+
+
+class Columns:
+    """The columns of one weight that a set of adapters trains, and the pretrained values there.
+
+    Attributes:
+        names: the adapters.
+        index: (u,) int64, the sorted union of their columns.
+        base: (out, u) in the weight's dtype.
+        key: equal for equal `index`, cheap to compare.
+    """
+
+    def __init__(self, weight: Tensor, adapters: Sequence[Adapter]) -> None:
+        self.names = [adapter.name for adapter in adapters]
+        indices = [adapter.index for adapter in adapters]
+        one = len(indices) == 1
+        with torch.inference_mode(False):  # or autograd could not use them later
+            self.index = indices[0] if one else torch.cat(indices).unique()
+            self.base = weight.detach().index_select(1, self.index)
+            self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
+        self.key = self.index.cpu().numpy().tobytes()
+
+    def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
+        """Whether this plan still serves: the same adapters on the same device."""
+        return self.names == [adapter.name for adapter in adapters] and self.base.device == weight.device
+
+    def combined(self, adapters: Sequence[Adapter]) -> tuple[Tensor, float]:
+        """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""
+        if self.positions is None:
+            return adapters[0].delta, adapters[0].scale
+        total = torch.zeros(self.base.shape, dtype=adapters[0].delta.dtype, device=self.base.device)
+        for adapter, position in zip(adapters, self.positions, strict=True):
+            total = total.index_add(1, position, adapter.delta * adapter.scale)
+        return total, 1.0
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a move or cast of the model."""
+        self.index, self.base = fn(self.index), fn(self.base)
+        if self.positions is not None:
+            self.positions = [fn(position) for position in self.positions]
+
+
+class AdaptedWeight:
+    """A frozen weight and the adapters' columns in it.
+
+    *Resident*: between steps the weight itself holds the adapted columns, `held.key` says which values. *Swap*: it
+    holds the pretrained ones, and the adapted ones are put in around each GEMM. Either way the pretrained columns are kept
+    once, in `columns.base`.
+
+    Args:
+        layer: the `nn.Linear` or `Conv1D` that owns the weight.
+        name: its path in the model, for messages.
+        ops: the backend's operations.
+        residency: "resident" or "swap".
+    """
+
+    def __init__(self, layer: nn.Module, name: str, ops: Ops, residency: str) -> None:
+        self.layer = layer
+        self.name = name
+        self.ops = ops
+        self.residency = residency
+        self.columns: Columns | None = None
+        self.held = Held()
+        self._seen: int | None = None  # id of the weight last used
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _seen=None)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight in its layer's own layout."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out, in); a transposed view for Conv1D."""
+        return self.oriented(self.parameter)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """Turn (out, in) into the layer's own layout, or back."""
+        return weight.t() if isinstance(self.layer, Conv1D) else weight
+
+    def ready(self, adapters: Sequence[Adapter]) -> bool:
+        """Whether all values are there: tensors wait on the meta device until they are loaded."""
+        tensors = [self.parameter, *(a.delta for a in adapters), *(a.index for a in adapters)]
+        return not any(tensor.is_meta for tensor in tensors)
+
+    # ------------------------------------------------------------------ write
+
+    def is_fresh(self, adapters: Sequence[Adapter], epoch: int) -> bool:
+        """Whether a resident weight holds these adapters as they are now, as far as torch can tell."""
+        return self.held.key is not None and self.held.key == self._key(adapters, epoch)
+
+    def plan(self, adapters: Sequence[Adapter]) -> None:
+        """Keep the pretrained columns of these adapters, unless that is done already."""
+        self._look_at_weight()
+        if is_sharded(self.parameter):
+            return  # the next forward sees the whole weight
+        if self.columns is None or not self.columns.covers(adapters, self.parameter):
+            self.restore()
+            self.columns = Columns(self.matrix, adapters)
+
+    def column_write(self, adapters: Sequence[Adapter]) -> ColumnWrite:
+        """What is to be written to the weight; after `plan`."""
+        assert self.columns is not None
+        delta, scale = self.columns.combined(adapters)
+        return ColumnWrite(self.matrix, self.columns.index, self.columns.base, delta.detach(), scale)
+
+    def mark_written(self, adapters: Sequence[Adapter], epoch: int) -> None:
+        """Note that the weight holds these adapters."""
+        self.held.key = self._key(adapters, epoch)
+
+    def _key(self, adapters: Sequence[Adapter], epoch: int) -> object:
+        """Say what the weight would hold if it were written now: equal keys mean equal contents."""
+        weight = self.parameter
+        return epoch, weight.data_ptr(), weight.dtype, *(adapter.key() for adapter in adapters)
+
+    def _look_at_weight(self) -> None:
+        """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only."""
+        weight = self.parameter
+        replaced = self._seen is not None and self._seen != id(weight)
+        self._seen = id(weight)
+        if self.residency == "resident" and (why := why_not_resident(weight, replaced)):
+            warnings.warn(f"paca: {self.name}: {why}; its columns are swapped in around each GEMM", stacklevel=2)
+            self.residency = "swap"
+            self.held.key = None
+
+    # ------------------------------------------------------------------ check and undo
+
+    def check(self, adapters: Sequence[Adapter], epoch: int, rows: int | None = None) -> None:
+        """Compare the weight's columns with what they should be, bit for bit.
+
+        Args:
+            adapters: those that should be held.
+            epoch: the current one.
+            rows: look at this many rows only, spread over the weight; all by default.
+
+        Raises:
+            StaleColumnsError: if they differ although no change was seen. A change that was seen is written by the next
+                forward and is no error.
+        """
+        if self.columns is None or not self.ready(adapters) or not self.is_fresh(adapters, epoch):
+            return
+        write = self.column_write(adapters)
+        some = slice(0, None, 1 if rows is None else math.ceil(len(write.base) / rows))
+        found = write.weight[some].index_select(1, write.index)
+        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
+        if not torch.equal(found.nan_to_num(), wanted.nan_to_num()):
+            raise StaleColumnsError(
+                f"{self.name}: the weight does not hold the adapter's columns. Its delta or its weight was changed in "
+                "a way torch cannot see (.data, a custom kernel, or an edit of a compiled model). Call "
+                "paca.refresh(model) after such a change; edit base weights inside `with model.disable_adapter():`."
+            )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the pretrained columns back, bit for bit."""
+        if self.held.key is not None and self.columns is not None:
+            self.pretrained_into(self.parameter)
+        self.held.key = None
+
+    def forget(self) -> None:
+        """Restore the weight, which may then be replaced, and plan anew."""
+        self.restore()
+        self.columns = self._seen = None
+
+    def pretrained_into(self, weight: Tensor) -> None:
+        """Write the pretrained columns to a tensor of the weight's layout."""
+        if self.held.key is not None and self.columns is not None:
+            self.oriented(weight).index_copy_(1, self.columns.index, self.columns.base)
+
+    def pretrained(self) -> Tensor:
+        """Return the pretrained weight, (out, in); a copy if it holds adapted columns now."""
+        weight = self.matrix.detach()
+        if self.held.key is None or self.columns is None:
+            return weight
+        return weight.index_copy(1, self.columns.index, self.columns.base)
+
+    def pretrained_columns(self, index: Tensor) -> Tensor:
+        """Return a copy of some pretrained columns, (out, r), whatever the weight holds now."""
+        columns = self.matrix.detach().index_select(1, index)
+        if self.held.key is not None and self.columns is not None:
+            position = torch.searchsorted(self.columns.index, index).clamp(max=len(self.columns.index) - 1)
+            kept = self.columns.index[position] == index
+            columns = torch.where(kept, self.columns.base[:, position], columns)
+        return columns
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a move or cast of the model."""
+        self._seen = None
+        if self.columns is not None:
+            self.columns.apply(fn)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this is one rank's part of a weight (FSDP1, FSDP2, tensor parallel)."""
+    return hasattr(weight, "_fsdp_flattened") or any(cls.__name__ == "DTensor" for cls in type(weight).__mro__)
+
+
+def why_not_resident(weight: Tensor, replaced: bool = False) -> str:
+    """Say why a weight cannot hold columns between steps, or nothing if it can.
+
+    Args:
+        weight: the frozen weight.
+        replaced: whether another tensor has taken the place of the one seen before.
+    """
+    if hasattr(weight, "ds_id"):
+        return "the weight is partitioned by DeepSpeed ZeRO-3"
+    if is_sharded(weight):
+        return "the weight is sharded"
+    if replaced and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "the weight was replaced while running distributed, as sharding does"
+    return ""
