@@ -157,7 +157,8 @@ BREAKS = [
         "paca/layer.py",
         "        adapters = self.held_adapters()\n        if not adapters or self.merged:",
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        "        adapters = self.held_adapters() if self.calls % 10**6 else []\n        if not adapters or self.merged:",
+        "        adapters = self.held_adapters() if self.calls % 10**6 else []\n"
+        "        if not adapters or self.merged:",
         "tests/graph/test_compile.py::test_decoder_blocks_compile_whole_and_once_and_train_as_eager_does",
     ),
 ]

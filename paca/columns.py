@@ -75,9 +75,9 @@ class Columns:
 class AdaptedWeight:
     """A frozen weight and the adapters' columns in it.
 
-    *Resident*: between steps the weight itself holds the adapted columns, `held.key` says which values. *Swap*: it
-    holds the pretrained ones, and the adapted ones are put in around each GEMM. Either way the pretrained columns are kept
-    once, in `columns.base`.
+    *Resident*: between steps the weight itself holds the adapted columns; `held.key` says which values. *Swap*: it
+    holds the pretrained ones, and the adapted ones are put in around each GEMM. Either way the pretrained columns are
+    kept once, in `columns.base`.
 
     Args:
         layer: the `nn.Linear` or `Conv1D` that owns the weight.
