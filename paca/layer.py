@@ -163,6 +163,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops):
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
+        if adapted.parameter.requires_grad:
+            raise ValueError(
+                f"{self.name}: the base weight requires a gradient, but PaCA trains its columns through the adapter "
+                "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
+            )
         dtype = _compute_dtype(x)
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype),
@@ -352,6 +357,12 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.adapted.apply(fn)
         return self
 
+    def _replicate_for_data_parallel(self) -> PacaLayer:
+        raise RuntimeError(
+            "torch.nn.DataParallel copies the model in every step, which resident columns do not survive; start one "
+            "process per device instead (torchrun or accelerate launch), or make a single device visible"
+        )
+
     def train(self, mode: bool = True) -> PacaLayer:
         """Set the mode.
 
@@ -373,6 +384,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, residency={self.residency}"
         )
+
+
+class AdaptedLinear(PacaLayer):
+    """The layer that takes a linear's place.
+
+    PEFT's "all-linear" recognises a layer that has an adapter already by the word Linear in its class's name.
+    """
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from paca.columns import why_not_resident
 from paca.config import PacaConfig, settings
 from paca.fingerprint import fingerprint
-from paca.layer import PacaLayer, in_out_features
+from paca.layer import AdaptedLinear, PacaLayer, in_out_features
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 
@@ -125,7 +125,7 @@ class PacaModel(BaseTuner):
         config = settings(peft_config)
         layer = target if isinstance(target, PacaLayer) else None
         if layer is None:
-            layer = PacaLayer(target, current_key, get_backend(), self._residency(config, target, current_key))
+            layer = AdaptedLinear(target, current_key, get_backend(), self._residency(config, target, current_key))
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.paca_alpha)
         layer.update_layer(
             adapter_name,
