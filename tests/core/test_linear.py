@@ -354,3 +354,15 @@ class Embedder(nn.Module):
 def test_an_unsupported_layer_is_named(module):
     with pytest.raises(TypeError, match=rf"adapts torch.nn.Linear and .*Conv1D, found .*{type(module).__name__}"):
         PacaLayer(module, "layer", paca.get_backend())
+
+
+def test_a_base_weight_that_wants_a_gradient_is_refused_not_left_without():
+    layer = make_layer()
+    layer.get_base_layer().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="the base weight requires a gradient.*modules_to_save"):
+        layer(torch.randn(2, 12))
+
+
+def test_data_parallel_is_refused_with_the_remedy():
+    with pytest.raises(RuntimeError, match="torchrun"):
+        make_layer()._replicate_for_data_parallel()
