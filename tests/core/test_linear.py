@@ -359,7 +359,7 @@ def test_an_unsupported_layer_is_named(module):
 def test_a_base_weight_that_wants_a_gradient_is_refused_not_left_without():
     layer = make_layer()
     layer.get_base_layer().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="the base weight requires a gradient.*modules_to_save"):
+    with pytest.raises(ValueError, match=r"the base weight requires a gradient.*modules_to_save"):
         layer(torch.randn(2, 12))
 
 
