@@ -137,11 +137,6 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x`, (…, in); returns (…, out)."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "PaCA keeps one set of columns in the weight, so one batch cannot mix adapters: run one batch per "
-                "adapter with set_adapter, or export the adapters with paca.convert_to_lora and mix those"
-            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.held_adapters()

@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -221,6 +222,16 @@ class PacaModel(BaseTuner):
                 module.sync()
 
     # ------------------------------------------------------------------ adapters together
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would otherwise drop in silence: `adapter_names`, one for each row of a batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "PaCA keeps one set of columns in the weight, so one batch cannot mix adapters: run one batch per "
+                "adapter with set_adapter, or export the adapters with paca.convert_to_lora and mix those"
+            )
+        yield
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
