@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -104,6 +105,13 @@ class FlatCopies(torch.optim.SGD):
             parameter.data.copy_(copied.data)  # leaves no trace in the version count
 
 
+def eight_bit(name, parameters):
+    """Make a bitsandbytes optimizer that keeps its state in 8 bits and does not raise version counts."""
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, name)(parameters, lr=0.1, min_8bit_size=0)
+
+
 def optimizers():
     found = []
     for name in PLAIN_OPTIMIZERS:
@@ -114,6 +122,9 @@ def optimizers():
     for name in ("SGD", "Adam", "AdamW", "Adagrad"):
         kind = getattr(torch.optim, name)
         found.append(pytest.param(lambda p, kind=kind: kind(p, lr=0.1, fused=True), id=f"{name}-fused"))
+    missing = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+    found.append(pytest.param(lambda p: eight_bit("AdamW8bit", p), id="AdamW8bit", marks=missing))
+    found.append(pytest.param(lambda p: eight_bit("PagedAdamW8bit", p), id="PagedAdamW8bit", marks=missing))
     found.append(pytest.param(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), id="LBFGS"))
     found.append(pytest.param(lambda p: FlatCopies(p, lr=0.1), id="flat-copies"))
     return found
