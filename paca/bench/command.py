@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from paca.bench.environment import MALLOC_SETTINGS, run_again, wanted_environment
+from paca.bench.environment import MALLOC_SETTINGS, start_again_unless_set, wanted_environment
 from paca.bench.methods import FORMS, Method, parse_methods
 from paca.bench.shapes import SHAPES, Shape
 
@@ -89,13 +89,13 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `paca bench`.
+    """Run `paca bench`; to measure, it replaces this process by one with a prepared environment.
 
     Args:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or what a restarted process returned.
+        The exit status.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         options = _options(given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    status = run_again(arguments, wanted_environment(options.malloc, options.threads))
-    return _measure(options, shlex.join(["paca", "bench", *arguments])) if status is None else status
+    start_again_unless_set(arguments, wanted_environment(options.malloc, options.threads))
+    return _measure(options, shlex.join(["paca", "bench", *arguments]))
 
 
 def _parser() -> argparse.ArgumentParser:

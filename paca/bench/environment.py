@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 # glibc by default returns large blocks to the system at each free and faults them in again at the next step, which
@@ -26,12 +25,14 @@ def wanted_environment(malloc: str, threads: int) -> dict[str, str]:
     return {**count, **TUNED_MALLOC} if malloc == "tuned" else count
 
 
-def run_again(arguments: list[str], wanted: dict[str, str]) -> int | None:
-    """Run the command again in the wanted environment; return its exit status, or None if this process has it."""
+def start_again_unless_set(arguments: list[str], wanted: dict[str, str]) -> None:
+    """Replace this process by one that runs the same command in the wanted environment; return if this one has it."""
     if all(os.environ.get(name) == value for name, value in wanted.items()):
-        return None
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
     command = [sys.executable, "-m", "paca.bench", *arguments]
-    return subprocess.run(command, env={**child_environment(1), **wanted}, check=False).returncode
+    os.execve(sys.executable, command, {**child_environment(1), **wanted})
 
 
 def child_environment(threads: int) -> dict[str, str]:

@@ -63,9 +63,10 @@ def measure(options: Options, command: str) -> Result:
                 rank=method.rank_for(options.shape),
                 trained=sum(parameter.numel() for parameter in contestant.trained),
             )
-            output = first_step(contestant)
-            floor_output = floor_output or output
-            made.deviation = deviation(name, output, floor_output)
+            if timed:
+                output = first_step(contestant)
+                floor_output = floor_output or output
+                made.deviation = deviation(name, output, floor_output)
             if "bytes" in options.measure:
                 made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
             result.methods[name] = made

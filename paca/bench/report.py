@@ -145,21 +145,26 @@ def _phases(result: Result) -> Table:
 def _memory(result: Result) -> Table:
     floor = result.methods[FLOOR]
     tokens = result.shape.tokens_per_step
-    rows = []
-    for method in result.methods.values():
-        above, peak, least = kept_above_floor(result, method), peak_above_build(method), peak_above_build(floor)
-        kept = method.kept
-        rows.append(
-            [
-                method.label,
-                f"{kept.total / MB:,.2f}" if kept else "-",
-                f"{kept.layer / tokens:,.1f}" if kept else "-",
-                f"{above:,.1f}" if above is not None else "-",
-                f"{kept.total / floor.kept.total:.4f}" if kept and floor.kept else "-",
-                f"{peak / MB:,.0f}" if peak is not None else "-",
-                f"{(peak - least) / MB:+,.0f}" if peak is not None and least is not None else "-",
+    head = ["method"]
+    rows = [[method.label] for method in result.methods.values()]
+    if floor.kept:
+        head += ["kept for backward MB", "x floor", "bytes a token, last layer", "above the floor a token and layer"]
+        for row, method in zip(rows, result.methods.values(), strict=True):
+            above = kept_above_floor(result, method)
+            if method.kept is None or above is None:
+                raise ValueError(f"{method.label} has no bytes kept though the floor has")
+            row += [
+                f"{method.kept.total / MB:,.2f}",
+                f"{method.kept.total / floor.kept.total:.4f}",
+                f"{method.kept.layer / tokens:,.1f}",
+                f"{above:,.1f}",
             ]
-        )
-    head = ["method", "kept for backward MB", "bytes a token, last layer", "above the floor a token and layer"]
-    head += ["x floor", "peak above built model MB", "above the floor MB"]
+    if floor.peak:
+        head += ["peak above built model MB", "above the floor's MB"]
+        least = peak_above_build(floor)
+        for row, method in zip(rows, result.methods.values(), strict=True):
+            peak = peak_above_build(method)
+            if peak is None or least is None:
+                raise ValueError(f"{method.label} has no peak though the floor has")
+            row += [f"{peak / MB:,.0f}", f"{(peak - least) / MB:+,.0f}"]
     return Table("Memory", head, rows)

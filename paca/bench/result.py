@@ -65,7 +65,7 @@ class MethodResult:
         rank: of the adapter, 0 where there is none.
         trained: parameters that train.
         deviation: largest difference of output or input gradient from the floor's before the first step, relative to
-            the largest value; shows that all methods did the same work.
+            the largest value; shows that all methods did the same work. None if nothing was timed.
         samples: one a round; sample i of every method belongs to round i.
     """
 

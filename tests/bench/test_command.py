@@ -15,10 +15,10 @@ from paca.bench.shapes import SHAPES, matching_lora_rank
 def _never_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An argument error must come before any work."""
 
-    def started(*_: object) -> int:
+    def started(*_: object) -> None:
         raise AssertionError("the measurement was started")
 
-    monkeypatch.setattr("paca.bench.command.run_again", started)
+    monkeypatch.setattr("paca.bench.command.start_again_unless_set", started)
     monkeypatch.chdir(tmp_path)
 
 
@@ -80,29 +80,22 @@ def test_a_matched_lora_rank_is_the_one_nearest_in_parameters(rank: int) -> None
     assert distance(found) == min(distance(lora) for lora in range(1, 2 * rank))
 
 
-def test_a_prepared_process_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prepared_process_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = environment.wanted_environment("tuned", 2)
     assert wanted["OMP_NUM_THREADS"] == "2"
     assert set(environment.TUNED_MALLOC) <= set(wanted)
     for name, value in wanted.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("subprocess.run", None)  # calling it would fail
-    assert environment.run_again(["--rounds", "1"], wanted) is None
+    monkeypatch.setattr("os.execve", None)  # calling it would fail
+    environment.start_again_unless_set(["--rounds", "1"], wanted)
 
 
-def test_an_unprepared_process_is_started_again_with_the_same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[str] | dict[str, str]] = {}
-
-    class Done:
-        returncode = 3
-
-    def run(command: list[str], env: dict[str, str], check: bool) -> Done:
-        seen.update(command=command, env=env)
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", run)
+def test_an_unprepared_process_is_replaced_by_one_with_the_same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr("os.execve", lambda *call: replaced.append(call))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     wanted = environment.wanted_environment("tuned", 1)
-    assert environment.run_again(["--rounds", "1"], wanted) == 3
-    assert seen["command"][-4:] == ["-m", "paca.bench", "--rounds", "1"]  # type: ignore[index]
-    assert wanted.items() <= seen["env"].items()  # type: ignore[union-attr, operator]
+    environment.start_again_unless_set(["--rounds", "1"], wanted)
+    [(_, command, variables)] = replaced
+    assert command[1:] == ["-m", "paca.bench", "--rounds", "1"]
+    assert wanted.items() <= variables.items()

@@ -85,7 +85,7 @@ def test_the_tables_say_what_the_samples_say(result: Result) -> None:
     assert cells[1:4] == ["1,100.0", "1.050", "0.909"]
     assert cells[7:] == ["550.00", "15.71", "0.91"]
     cells = [cell.strip() for cell in memory.strip("|").split("|")]
-    assert cells[1:] == ["1.01", "7,912.5", "100.0", "1.0128", "51", "+1"]
+    assert cells[1:] == ["1.01", "1.0128", "7,912.5", "100.0", "51", "+1"]
 
 
 def test_ratios_are_taken_round_by_round(result: Result) -> None:
