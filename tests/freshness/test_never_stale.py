@@ -123,8 +123,9 @@ def optimizers():
         kind = getattr(torch.optim, name)
         found.append(pytest.param(lambda p, kind=kind: kind(p, lr=0.1, fused=True), id=f"{name}-fused"))
     missing = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+    pages = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
     found.append(pytest.param(lambda p: eight_bit("AdamW8bit", p), id="AdamW8bit", marks=missing))
-    found.append(pytest.param(lambda p: eight_bit("PagedAdamW8bit", p), id="PagedAdamW8bit", marks=missing))
+    found.append(pytest.param(lambda p: eight_bit("PagedAdamW8bit", p), id="PagedAdamW8bit", marks=[missing, pages]))
     found.append(pytest.param(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3), id="LBFGS"))
     found.append(pytest.param(lambda p: FlatCopies(p, lr=0.1), id="flat-copies"))
     return found
