@@ -231,14 +231,15 @@ def read_words(words: Sequence[str]) -> dict[str, Given]:
 
 
 def read_scalar(text: str) -> Any:
-    """Read one command line word as a YAML value, so that numbers, lists and mappings mean what they mean in a file."""
+    """Read one command line word as YAML: numbers, lists and mappings mean what they do in a file, text stays whole."""
     loader = _loader_class()(text)
     try:
-        return loader.get_single_data()
+        value = loader.get_single_data()
     except yaml.YAMLError:
         return text
     finally:
         loader.dispose()
+    return text if isinstance(value, str) else value
 
 
 def check(given: Mapping[str, Given], arguments: type) -> Recipe:
@@ -299,7 +300,7 @@ class _Mismatch(Exception):
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Return the value as the hinted type, changing only what YAML leaves open: 1e3 for 1000, yes and no, one for a list of one.
+    """Return the value as the hinted type, changing only what YAML leaves open: 1e3 for 1000, yes, no, one for a list.
 
     Raises:
         _Mismatch: if it does not fit.

@@ -73,6 +73,13 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert recipe.training["run_name"] == "2024"
 
 
+def test_text_on_the_command_line_is_taken_to_the_letter() -> None:
+    words = ["--model_name_or_path", "m", "--output_dir", "o", "--prompts", "a: ", "# b", "--run_name", " x "]
+    recipe = read_recipe(None, words)
+    assert recipe.run.prompts == ["a: ", "# b"]
+    assert recipe.training["run_name"] == " x "
+
+
 def test_a_recipe_needs_no_file() -> None:
     recipe = read_recipe(None, ["--model_name_or_path", "m", "--output_dir", "o", "--max_steps", "-1"])
     assert recipe.run.model_name_or_path == "m"

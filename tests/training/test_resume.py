@@ -22,8 +22,6 @@ KILLS = {
     "in_the_middle_of_a_step": 3,
     "writing_the_adapter": 3,
     "writing_the_optimizer": 3,
-    "writing_the_scheduler": 3,
-    "writing_the_random_state": 3,
     "writing_the_state": 3,
     "deleting_an_old_checkpoint": 9,
     "writing_the_results": 11,
