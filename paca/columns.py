@@ -29,32 +29,43 @@ class Adapter:
 
     def key(self) -> tuple[object, ...]:
         """Change whenever torch can tell that a value changed."""
-        return self.name, self.delta.data_ptr(), self.delta._version, self.index._version, self.scale
+        return self.name, self.delta.data_ptr(), version_of(self.delta), version_of(self.index), self.scale
+
+
+def version_of(tensor: Tensor) -> int:
+    """Count the in-place changes that torch has seen; tensors made in inference mode are not followed."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Columns:
     """The columns of one weight that a set of adapters trains, and the pretrained values there.
 
     Attributes:
-        names: the adapters.
         index: (u,) int64, the sorted union of their columns.
         base: (out, u) in the weight's dtype.
         key: equal for equal `index`, cheap to compare.
     """
 
     def __init__(self, weight: Tensor, adapters: Sequence[Adapter]) -> None:
-        self.names = [adapter.name for adapter in adapters]
         indices = [adapter.index for adapter in adapters]
+        self._made_of = [(adapter.name, adapter.index, version_of(adapter.index)) for adapter in adapters]
         one = len(indices) == 1
         with torch.inference_mode(False):  # or autograd could not use them later
-            self.index = indices[0] if one else torch.cat(indices).unique()
+            self.index = torch.cat(indices).unique()
             self.base = weight.detach().index_select(1, self.index)
             self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
         self.key = self.index.cpu().numpy().tobytes()
 
     def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
-        """Whether this plan still serves: the same adapters on the same device."""
-        return self.names == [adapter.name for adapter in adapters] and self.base.device == weight.device
+        """Whether this plan still serves: the same columns of the same adapters on the same device."""
+        return (
+            self.base.device == weight.device
+            and len(adapters) == len(self._made_of)
+            and all(
+                adapter.name == name and adapter.index is index and version_of(index) == version
+                for adapter, (name, index, version) in zip(adapters, self._made_of, strict=True)
+            )
+        )
 
     def combined(self, adapters: Sequence[Adapter]) -> tuple[Tensor, float]:
         """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paca import freshness
 from paca.backend import Backend
-from paca.columns import AdaptedWeight, Adapter, Columns, is_sharded
+from paca.columns import AdaptedWeight, Adapter, Columns, is_sharded, version_of
 from paca.errors import BaseMismatchError
 from paca.fingerprint import fingerprint, mismatch
 from paca.linear import PacaLinear, backwards, columns_in
@@ -40,7 +40,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("paca_delta",)
-    other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "expected_fingerprint")
+    other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "expected_fingerprint", "checked_indices")
 
     def __init__(self, base_layer: nn.Module, name: str, backend: Backend, residency: str = "resident") -> None:
         super().__init__()
@@ -53,6 +53,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.paca_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.expected_fingerprint: dict[str, str] = {}
+        self.checked_indices: dict[str, tuple[Tensor, int]] = {}  # and their version: other ones were loaded since
         self.paca_delta = nn.ParameterDict()
         self.paca_indices = BufferDict({}, persistent=True)
         self.merged_adapters: list[str] = []
@@ -91,6 +92,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         device = delta.device if weight.is_meta else weight.device
         self.paca_delta[adapter_name] = nn.Parameter(delta if delta.is_meta else delta.to(device))
         self.paca_indices[adapter_name] = index.to(device)
+        self._mark_checked(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -220,16 +222,28 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         elif self.merged or not self.adapted.ready(adapters):
             return  # `merge` has written; the load that brings the values will
         elif self.adapted.residency == "swap":
-            self.adapted.plan(adapters)
+            self._plan(adapters)
         elif not self.adapted.is_fresh(adapters, freshness.epoch()):
             freshness.write([self])
+
+    def _plan(self, adapters: Sequence[Adapter]) -> None:
+        """Keep the pretrained columns of these adapters.
+
+        Column numbers that came in by another way than `load_state_dict` (transformers' `load_adapter` sets tensors)
+        are checked first.
+        """
+        for adapter in adapters:
+            index, version = self.checked_indices[adapter.name]
+            if index is not adapter.index or version != version_of(index):
+                self.check_loaded(adapter.name)
+        self.adapted.plan(adapters)
 
     def planned_write(self) -> ColumnWrite | None:
         """Return what is to be written to the weight now, if it can hold its columns."""
         adapters = self.held_adapters()
         if self.merged or not adapters or not self.adapted.ready(adapters):
             return None
-        self.adapted.plan(adapters)
+        self._plan(adapters)
         return self.adapted.column_write(adapters) if self.adapted.residency == "resident" else None
 
     def mark_written(self) -> None:
@@ -279,7 +293,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _write_merged(self) -> None:
         """Write the merged columns, also to a weight that is not resident otherwise."""
         adapters = self.held_adapters()
-        self.adapted.plan(adapters)
+        self._plan(adapters)
         self.adapted.ops.write_columns([self.adapted.column_write(adapters)])
         self.mark_written()
 
@@ -342,10 +356,43 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.adapted.pretrained_into(state[key])
         return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Restore the weight before it may be overwritten; `_after_load` writes the columns again."""
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse broken column numbers, then restore the weight before it may be overwritten."""
+        for name, r in self.r.items():
+            index = state_dict.get(f"{prefix}paca_indices.{name}")
+            if index is None or index.is_meta:
+                continue
+            found = len(checked_columns(index, self.in_features, f"{self.name}, adapter {name!r}"))
+            if found != r:
+                raise ValueError(f"{self.name}, adapter {name!r}: its config trains {r} columns, its file has {found}")
         self.adapted.forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def check_loaded(self, adapter: str) -> None:
+        """Sort the column numbers of an adapter that was loaded, and see whether it was made for this base weight.
+
+        Raises:
+            ValueError: if the numbers cannot be columns of this weight.
+            BaseMismatchError: if the adapter was made for another base.
+        """
+        index, delta = self.paca_indices[adapter], self.paca_delta[adapter]
+        columns = checked_columns(index, self.in_features, f"{self.name}, adapter {adapter!r}")
+        with torch.no_grad():  # all else relies on sorted columns
+            delta.copy_(delta[:, index.argsort()])
+            index.copy_(columns)
+        self._mark_checked(adapter)
+        found = fingerprint(self.base_columns(adapter), self.in_features)
+        expected = self.expected_fingerprint[adapter]
+        if expected and (why := mismatch(expected, found, self.get_base_layer().weight.dtype)):
+            raise BaseMismatchError(
+                f"{self.name}: adapter {adapter!r} was made for another base model: {why}. Load it on the base it was "
+                "trained on, or, if you mean it, pass a config with check_base=False: "
+                "config = PeftConfig.from_pretrained(…); config.check_base = False"
+            )
+
+    def _mark_checked(self, adapter: str) -> None:
+        index = self.paca_indices[adapter]
+        self.checked_indices[adapter] = index, version_of(index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PacaLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -419,21 +466,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
     """Check what was loaded and write it to the weight. Runs when the layer and its base layer have been loaded."""
-    for name, expected in layer.expected_fingerprint.items():
-        index, delta = layer.paca_indices[name], layer.paca_delta[name]
-        if index.is_meta or delta.is_meta or layer.get_base_layer().weight.is_meta:
-            continue
-        columns = checked_columns(index, layer.in_features, f"{layer.name}, adapter {name!r}")
-        if len(columns) != delta.shape[1]:
-            raise ValueError(f"{layer.name}, adapter {name!r}: {len(columns)} indices for {delta.shape[1]} columns")
-        with torch.no_grad():  # all else relies on sorted columns
-            delta.copy_(delta[:, index.argsort()])
-            index.copy_(columns)
-        found = fingerprint(layer.base_columns(name), layer.in_features)
-        if expected and (why := mismatch(expected, found, layer.get_base_layer().weight.dtype)):
-            raise BaseMismatchError(
-                f"{layer.name}: adapter {name!r} was made for another base model: {why}. Load it on the base it was "
-                "trained on, or, if you mean it, pass a config with check_base=False: "
-                "config = PeftConfig.from_pretrained(…); config.check_base = False"
-            )
+    for name in layer.paca_delta:
+        if layer.has_values(name):
+            layer.check_loaded(name)
     layer.write_again()

@@ -58,6 +58,10 @@ class PacaModel(BaseTuner):
         """Add an adapter to the model, after checking that all of it can be added."""
         known_tensors = kwargs.get("state_dict")
         config = settings(self.peft_config[adapter_name])
+        ranks = {name: len(columns) for name, columns in (config.columns or {}).items()}
+        ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
+        if ranks:  # columns are not saved with the config; how many there are must be
+            config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
         self._tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
             self._check_fits(model, config)
