@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+_DIGESTED = 64 * 2**20  # bytes
 
 
 class DataError(ValueError):
@@ -82,8 +85,8 @@ def open_files(paths: Sequence[str], sample_by: str, renamed: Mapping[str, str] 
             if empty:
                 raise DataError(f"{file} holds no rows")
 
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return Rows(", ".join(str(file) for file in files), json.dumps([stats, sample_by]), read, renamed or {}, limit)
+    version = json.dumps([*(_version(file) for file in files), sample_by])
+    return Rows(", ".join(str(file) for file in files), version, read, renamed or {}, limit)
 
 
 def open_hub(
@@ -128,6 +131,14 @@ def _existing(path: str) -> Path:
             f"data file {path}: {file.suffix or 'no ending'} is not one of {', '.join([*_READERS, '.txt'])}"
         )
     return file
+
+
+def _version(file: Path) -> list[str | int]:
+    """What changes with a file's content: a digest, or, where reading it twice would take long, size and time."""
+    facts = file.stat()
+    if facts.st_size > _DIGESTED:
+        return [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
+    return [str(file.resolve()), hashlib.sha256(file.read_bytes()).hexdigest()]
 
 
 def _read_json(file: Path) -> Iterator[Row]:

@@ -455,7 +455,7 @@ def _before(
 
 def _after(trainer: Any) -> dict[str, Any]:
     """Measure the trained model, unless that was done after the last step."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return {key: value for key, value in last.items() if key != "step"}
     metrics: dict[str, Any] = trainer.evaluate()

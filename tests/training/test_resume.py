@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_llama, write_jsonl
+from filelock import FileLock
 
 from paca.checkpoint import newest_complete
 
@@ -31,7 +32,15 @@ KILLS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folders of an uninterrupted run and of one killed and resumed run for each kill."""
-    folder = tmp_path_factory.mktemp("runs")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_runs(tmp_path_factory.mktemp("runs"))
+    shared = tmp_path_factory.getbasetemp().parent / "killed_runs"  # by all workers; the first makes them
+    with FileLock(f"{shared}.lock"):
+        return shared if (shared / "exits.json").exists() else make_runs(shared)
+
+
+def make_runs(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     # Dropout draws from the random state at every step, so that a wrong one would show.
     make_llama(folder / "llama", attention_dropout=0.2)
     rows = [{"prompt": f"{n} then ", "completion": " ".join([str(n)] * (1 + n % 4))} for n in range(30)]
