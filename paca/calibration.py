@@ -46,6 +46,8 @@ def calibrate(
             f"selection={config.selection!r} needs no calibration; the measured ones are {', '.join(MEASURED)}"
         )
     targets = PacaModel.targets(model, config)
+    if not targets:
+        raise ValueError(f"there is nothing to calibrate: no layer matches target_modules={config.target_modules!r}")
     scores = {name: torch.zeros(in_out_features(module)[0], dtype=torch.float64) for name, module in targets.items()}
     gradients = config.selection == "gradient_norm"
     compute = loss or (lambda model, batch: model(**batch).loss)

@@ -129,8 +129,8 @@ class PacaConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, without `columns`: the adapter file has them."""
-        chosen, self.columns = self.columns, None
+        """Save as PEFT does; of `columns` only that they were chosen: the adapter file has them."""
+        chosen, self.columns = self.columns, None if self.columns is None else {}
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

@@ -74,7 +74,7 @@ class PacaModel(BaseTuner):
 
         Raises:
             TypeError: if one of them cannot be adapted.
-            ValueError: if there are none, or no targets are given and the architecture has no usual ones.
+            ValueError: if no targets are given and the architecture has no usual ones.
         """
         probe: Any = copy.copy(settings(config))
         if probe.target_modules is None:
@@ -105,7 +105,7 @@ class PacaModel(BaseTuner):
                 f"{len(widths)} targeted layers have fewer than r); choose r ≤ {width}, set rank_pattern for these "
                 "layers, or exclude them"
             )
-        if config.selection in MEASURED and widths and not config.columns:
+        if config.selection in MEASURED and widths and config.columns is None:
             raise ValueError(
                 f"selection={config.selection!r} needs a calibration pass: config = paca.calibrate(model, config, "
                 "batches), then get_peft_model"
