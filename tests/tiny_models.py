@@ -117,6 +117,14 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> list[float]:
     return losses
 
 
+def recompute(model: Any, reentrant: bool) -> Any:
+    """Turn on gradient checkpointing; returns the model."""
+    model.enable_input_require_grads()
+    newer = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    return model
+
+
 @torch.no_grad()
 def logits(model: nn.Module, training: bool = False) -> torch.Tensor:
     """What the model says to the one batch."""
