@@ -8,12 +8,25 @@ import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import paca
 from paca.layer import PacaLayer
 
 VOCABULARY = 64
+# What transformers calls gradient checkpointing; it was renamed in version 5.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -120,8 +133,7 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> list[float]:
 def recompute(model: Any, reentrant: bool) -> Any:
     """Turn on gradient checkpointing; returns the model."""
     model.enable_input_require_grads()
-    newer = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     return model
 
 
