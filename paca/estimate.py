@@ -19,7 +19,7 @@ _TWO_MOMENTS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Counts and bytes; `activations` is None where the model cannot be run without values, and `why` says why."""
+    """Counts and bytes; `activations` is None where the model cannot be run without values, as `remark` then says."""
 
     trainable: int
     total: int
@@ -32,7 +32,7 @@ class Estimate:
     activations: int | None
     sequences: int
     length: int
-    why: str = ""
+    remark: str = ""
 
     @property
     def bytes(self) -> int:
@@ -44,7 +44,8 @@ class Estimate:
         """What `--dry-run` prints."""
         share = 100 * self.trainable / self.total
         batch = f"{self.sequences} x {self.length} tokens"  # dynamic padding may make them shorter
-        kept = _size(self.activations) if self.activations is not None else f"not estimated ({self.why})"
+        kept = _size(self.activations) if self.activations is not None else "not estimated"
+        remark = f" ({self.remark})" if self.remark else ""
         return [
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}",
             f"memory of one training step, {self.layers} layers adapted:",
@@ -53,7 +54,7 @@ class Estimate:
             f"  deltas                {_size(self.deltas)}",
             f"  gradients             {_size(self.gradients)}",
             f"  optimizer             {_size(self.optimizer)}",
-            f"  kept for backward     {kept}, at {batch}",
+            f"  kept for backward     {kept}, at {batch}{remark}",
             f"  total                 {_size(self.bytes)}",
             "Sums of tensor sizes. What is kept for backward is counted by running the frozen model on shapes alone,",
             "plus r channels for each gather. Temporaries, caches and the framework itself come on top.",
@@ -94,7 +95,7 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
     width = torch.empty((), dtype=dtype).element_size()
     columns = sum(delta.numel() * width for layer in layers for delta in layer.paca_delta.values())
     sequences = int(recipe.training.get("per_device_train_batch_size", 8))
-    kept, why = _kept_for_backward(recipe, config, settings, dtype, sequences, length)
+    kept, remark = _kept_for_backward(recipe, config, settings, dtype, sequences, length)
     return Estimate(
         trainable=trainable,
         total=total,
@@ -107,33 +108,46 @@ def estimate(recipe: Recipe, config: Any, length: int, classes: int = 0) -> Esti
         activations=kept,
         sequences=sequences,
         length=length,
-        why=why,
+        remark=remark,
     )
 
 
 def _kept_for_backward(
     recipe: Recipe, config: Any, settings: Any, dtype: Any, sequences: int, length: int
 ) -> tuple[int | None, str]:
-    """Bytes that autograd keeps between forward and backward, or why they are unknown.
+    """Bytes that autograd keeps between forward and backward, and a remark, or why they are unknown.
 
     Under gradient checkpointing: what the ends of the model and one block keep, and the input of every block.
     """
     import copy
 
-    try:
-        if not (recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing")):
-            return _saved_bytes(recipe, config, settings, dtype, sequences, length), ""
-        one_block = copy.deepcopy(config)
-        one_block.num_hidden_layers = 1
-        if getattr(one_block, "layer_types", None):
-            one_block.layer_types = one_block.layer_types[:1]
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    blocks, inputs = config, 0
+    if recipe.training.get("gradient_checkpointing") or recipe.training.get("activation_checkpointing"):
+        blocks = copy.deepcopy(config)
+        blocks.num_hidden_layers = 1
+        if getattr(blocks, "layer_types", None):
+            blocks.layer_types = blocks.layer_types[:1]
         inputs = int(config.num_hidden_layers) * sequences * length * int(config.hidden_size) * dtype.itemsize
-        return _saved_bytes(recipe, one_block, settings, dtype, sequences, length) + inputs, ""
+
+    def kept(padded: bool) -> int:
+        return inputs + _saved_bytes(recipe, blocks, settings, dtype, sequences, length, padded)
+
+    causal = recipe.run.task == "causal_lm"
+    try:
+        try:
+            return kept(padded=not (causal and recipe.run.packing)), ""
+        except DataDependentOutputException:
+            # transformers before 5 look into the mask, to leave it out where nothing is padded.
+            return kept(padded=False), "without the attention mask of padded batches"
     except Exception as error:  # custom model code may look at values, which shapes alone do not have
         return None, f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
-def _saved_bytes(recipe: Recipe, config: Any, settings: Any, dtype: Any, sequences: int, length: int) -> int:
+def _saved_bytes(
+    recipe: Recipe, config: Any, settings: Any, dtype: Any, sequences: int, length: int, padded: bool
+) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -158,8 +172,8 @@ def _saved_bytes(recipe: Recipe, config: Any, settings: Any, dtype: Any, sequenc
         batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         if recipe.run.task != "causal_lm":
             batch["labels"] = torch.zeros((sequences,), dtype=torch.int64)
-        elif recipe.run.packing:
-            # Nothing is padded, so that attention needs no mask; transformers sees that only where there is a cache.
+        elif not padded:
+            # Attention needs no mask; on shapes alone, transformers sees that only where there is a cache.
             batch |= {"attention_mask": None, "use_cache": True}
         low = bool(recipe.training.get("bf16") or recipe.training.get("fp16"))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=low)

@@ -19,11 +19,11 @@ def training_arguments_class() -> type[Any]:
     return get_backend().trainer()[1]
 
 
-def token_weighted(base: type[Any], perplexity: bool) -> type[Any]:
-    """Return a Trainer class whose `eval_loss` is the mean over all target tokens of the evaluation data.
+def exact(base: type[Any], perplexity: bool) -> type[Any]:
+    """Return a Trainer class that measures and resumes exactly.
 
-    The stock Trainer averages the means of batches, so that its value depends on how rows fall into batches, and its
-    exponential is no perplexity.
+    Its `eval_loss` is the mean over all target tokens of the evaluation data. The stock Trainer averages the means of
+    batches, so that its value depends on how rows fall into batches, and its exponential is no perplexity.
 
     Args:
         base: a Trainer class.
@@ -32,8 +32,13 @@ def token_weighted(base: type[Any], perplexity: bool) -> type[Any]:
     import torch
     from torch import Tensor
 
-    class TokenWeightedTrainer(base):  # type: ignore[misc]
+    class ExactTrainer(base):  # type: ignore[misc]
         """Notes loss and token count of each batch that the base class evaluates."""
+
+        def get_train_dataloader(self) -> Any:
+            loader = super().get_train_dataloader()
+            _never_go_back(getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+            return loader
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().prediction_step(model, inputs, *args, **kwargs)
@@ -58,4 +63,17 @@ def token_weighted(base: type[Any], perplexity: bool) -> type[Any]:
                 output.metrics[f"{prefix}_perplexity"] = math.exp(min(total / count, 700.0))  # exp(710) overflows
             return output
 
-    return TokenWeightedTrainer
+    return ExactTrainer
+
+
+def _never_go_back(sampler: Any) -> None:
+    """Keep a sampler from being set to an epoch before its own.
+
+    accelerate 1.10, which transformers 4.55 goes with, skips the batches behind a checkpoint with a loader that starts
+    again at epoch 0, so that a run resumed in the middle of a later epoch sees rows in another order. Can go when
+    accelerate 1.15, which is right, is the oldest in use.
+    """
+    if not hasattr(sampler, "set_epoch"):
+        return
+    set_epoch = sampler.set_epoch
+    sampler.set_epoch = lambda epoch: set_epoch(max(epoch, sampler.epoch))

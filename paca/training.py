@@ -28,7 +28,7 @@ from paca.pretrained import (
 from paca.progress import use_readable_log
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
-from paca.trainer import token_weighted, trainer_class, training_arguments_class
+from paca.trainer import exact, trainer_class, training_arguments_class
 
 Say = Callable[[str], None]
 
@@ -421,7 +421,7 @@ def _collator(recipe: Recipe, tokenizer: Any, length: int) -> Collator:
 
 def _trainer(recipe: Recipe, arguments: Any, model: Any, tokenizer: Any, data: Data, length: int) -> Any:
     causal = recipe.run.task == "causal_lm"
-    return token_weighted(trainer_class(), perplexity=causal)(
+    return exact(trainer_class(), perplexity=causal)(
         model=model,
         args=arguments,
         train_dataset=data.train.dataset if data.train else None,

@@ -22,7 +22,6 @@ import matplotlib.figure  # noqa: F401 - so that the children need not
 import torch
 import transformers
 from peft import peft_model
-from transformers import trainer_utils
 
 from paca import training
 from paca.cli import main
@@ -60,7 +59,7 @@ def writing_the_optimizer() -> None:
 
     def half(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         save(value, file, *args, **kwargs)
-        if str(file).endswith("checkpoint-6/optimizer.pt"):
+        if str(file).endswith("checkpoint-8/optimizer.pt"):
             write_half_and_die(Path(file), Path(file).read_bytes())
 
     torch.save = half
@@ -71,7 +70,7 @@ def writing_the_adapter() -> None:
 
     def half(tensors: Any, file: str, *args: Any, **kwargs: Any) -> None:
         save(tensors, file, *args, **kwargs)
-        if "checkpoint-6" in file:
+        if "checkpoint-8" in file:
             write_half_and_die(Path(file), Path(file).read_bytes())
 
     peft_model.safe_save_file = half
@@ -82,7 +81,7 @@ def writing_the_state() -> None:
 
     def half(self: Any, file: str) -> None:
         save(self, file)
-        if "checkpoint-6" in file:
+        if "checkpoint-8" in file:
             write_half_and_die(Path(file), Path(file).read_bytes())
 
     transformers.TrainerState.save_to_json = half
@@ -93,7 +92,7 @@ def deleting_an_old_checkpoint() -> None:
         (Path(folder) / "optimizer.pt").unlink()
         die()
 
-    trainer_utils.shutil = type("shutil", (), {"rmtree": staticmethod(remove)})
+    shutil.rmtree = remove
 
 
 def writing_the_results() -> None:

@@ -266,7 +266,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ({"--selection": "best"}, "best"),
         ({"--eval_strategy": "steps"}, "eval_strategy steps needs held-out data"),
         ({"--resume_from_checkpoint": "none/checkpoint-3"}, "checkpoint none/checkpoint-3 does not exist"),
-        ({"--lr_scheduler_type": "greedy", "--load_best_model_at_end": "true"}, "TrainingArguments: "),
+        ({"--load_best_model_at_end": "true"}, "TrainingArguments: "),
     ],
 )
 def test_what_cannot_work_is_said_before_work_starts(

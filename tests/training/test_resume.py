@@ -20,11 +20,11 @@ ROOT = HERE.parents[1]
 KILLS = {
     # where the run dies -> the newest complete checkpoint then
     "before_the_first_checkpoint": None,
-    "in_the_middle_of_a_step": 3,
-    "writing_the_adapter": 3,
-    "writing_the_optimizer": 3,
-    "writing_the_state": 3,
-    "deleting_an_old_checkpoint": 9,
+    "in_the_middle_of_a_step": 4,
+    "writing_the_adapter": 4,
+    "writing_the_optimizer": 4,
+    "writing_the_state": 4,
+    "deleting_an_old_checkpoint": 8,
     "writing_the_results": 11,
 }
 
@@ -47,7 +47,7 @@ def make_runs(folder: Path) -> Path:
     write_jsonl(folder / "train.jsonl", rows[:24])
     write_jsonl(folder / "eval.jsonl", rows[24:])
     recipe = folder / "recipe.yaml"
-    # 6 batches an epoch, 2 of them a step: 3 steps an epoch. The schedule ends in the middle of the fourth epoch.
+    # 6 batches an epoch, 2 of them a step: 3 steps an epoch. Checkpoints and the end lie in the middle of epochs.
     recipe.write_text(
         f"""
 model_name_or_path: {folder}/llama
@@ -61,8 +61,8 @@ max_steps: 11
 logging_steps: 1
 eval_strategy: steps
 eval_steps: 5
-save_steps: 3
-save_total_limit: 2
+save_steps: 4
+save_total_limit: 1
 disable_tqdm: true
 prompts: ["3 then "]
 max_new_tokens: 2
@@ -111,7 +111,7 @@ def test_the_last_complete_checkpoint_survives_the_kill(runs: Path, kill: str, n
     log = (runs / f"{kill}.log").read_text()
     if kill.startswith("writing_the") and kill != "writing_the_results":
         assert len(passed_over) == 1
-        assert f"passed over {runs / kill / 'checkpoint-6'}: " in log  # and why
+        assert f"passed over {runs / kill / 'checkpoint-8'}: " in log  # and why
     if newest is None:
         assert "starting from the pretrained model" in log
     else:
@@ -120,5 +120,5 @@ def test_the_last_complete_checkpoint_survives_the_kill(runs: Path, kill: str, n
 
 def test_a_partial_checkpoint_is_renamed_and_written_again(runs: Path) -> None:
     run = runs / "writing_the_state"
-    assert (run / "incomplete-checkpoint-6").is_dir()
-    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-11"}
+    assert (run / "incomplete-checkpoint-8").is_dir()
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-11"}
