@@ -67,7 +67,7 @@ clean: ## remove .venv, what was built and what tools have cached
 $(VENV)/torch.txt: ci/venv.sh
 	@ci/venv.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" "$(TORCH_INDEX)"
 
-$(VENV)/.installed: $(VENV)/torch.txt pyproject.toml $(LOCK)
+$(VENV)/.installed: $(VENV)/torch.txt pyproject.toml paca/_version.py $(LOCK)
 	@echo "Installing paca and the pinned packages it needs; the first time takes some minutes"
 	@$(PIP_INSTALL) -c $(VENV)/torch.txt -c $(LOCK) -e '.[dev]'
 	@touch $@

@@ -72,7 +72,7 @@ def run(words: Sequence[object], folder: Path, **variables: str) -> str:
     """Run a command, its words made strings, in a folder and return what it printed.
 
     Raises:
-        ClaimError: it failed; with the command and its output.
+        ClaimError: it failed; with the command and the end of its output.
     """
     done = subprocess.run(
         [str(word) for word in words],
@@ -86,7 +86,8 @@ def run(words: Sequence[object], folder: Path, **variables: str) -> str:
     printed: str = done.stdout
     if done.returncode:
         command = " ".join(str(word) for word in words)
-        raise ClaimError(f"in {folder}:\n$ {command}\n{printed}(exit status {done.returncode})")
+        last_lines = "\n".join(printed.splitlines()[-40:])
+        raise ClaimError(f"in {folder}:\n$ {command}\n{last_lines}\n(exit status {done.returncode})")
     return printed
 
 
