@@ -104,6 +104,7 @@ class AdaptedWeight:
         self.residency = residency
         self.columns: Columns | None = None
         self.held = Held()
+        self.left_behind = False  # whether the weight was sharded while it held adapted columns, and still has them
         self._seen: int | None = None  # id of the weight last used
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,6 +125,11 @@ class AdaptedWeight:
         """Turn (out, in) into the layer's own layout, or back."""
         return weight.t() if isinstance(self.layer, Conv1D) else weight
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the weight holds adapted columns now."""
+        return self.held.key is not None or self.left_behind
+
     def ready(self, adapters: Sequence[Adapter]) -> bool:
         """Whether all values are there: tensors wait on the meta device until they are loaded."""
         tensors = [self.parameter, *(a.delta for a in adapters), *(a.index for a in adapters)]
@@ -137,7 +143,7 @@ class AdaptedWeight:
 
     def plan(self, adapters: Sequence[Adapter]) -> None:
         """Keep the pretrained columns of these adapters, unless that is done already."""
-        self._look_at_weight()
+        self.look_at_weight()
         if is_sharded(self.parameter):
             return  # the next forward sees the whole weight
         if self.columns is None or not self.columns.covers(adapters, self.parameter):
@@ -159,7 +165,8 @@ class AdaptedWeight:
         weight = self.parameter
         return epoch, weight.data_ptr(), weight.dtype, *(adapter.key() for adapter in adapters)
 
-    def _look_at_weight(self) -> None:
+    @torch.no_grad()
+    def look_at_weight(self) -> None:
         """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only."""
         weight = self.parameter
         replaced = self._seen is not None and self._seen != id(weight)
@@ -167,7 +174,26 @@ class AdaptedWeight:
         if self.residency == "resident" and (why := why_not_resident(weight, replaced)):
             warnings.warn(f"paca: {self.name}: {why}; its columns are swapped in around each GEMM", stacklevel=2)
             self.residency = "swap"
-            self.held.key = None
+            self.left_behind, self.held.key = self.held.key is not None, None
+        if self.left_behind:
+            self._clean_shard()
+
+    def _clean_shard(self) -> None:
+        """Put the pretrained columns into a weight that was sharded while it held adapted ones.
+
+        Only a shard can be written for good. While the weight is gathered it is looked up whether there is anything to
+        do: an untrained adapter's columns are the pretrained ones.
+        """
+        assert self.columns is not None
+        weight, base = self.parameter, self.columns.base
+        if not is_sharded(weight):
+            self.left_behind = not torch.equal(self.matrix.index_select(1, self.columns.index), base)
+        elif hasattr(weight, "placements") and not isinstance(self.layer, Conv1D):  # rows are sharded alike in both
+            from torch.distributed.tensor import distribute_tensor
+
+            part = distribute_tensor(base, weight.device_mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
+            weight.to_local().index_copy_(1, self.columns.index, part.to_local())  # type: ignore[attr-defined]
+            self.left_behind = False
 
     # ------------------------------------------------------------------ check and undo
 
@@ -198,9 +224,19 @@ class AdaptedWeight:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the pretrained columns back, bit for bit."""
-        if self.held.key is not None and self.columns is not None:
-            self.pretrained_into(self.parameter)
+        """Put the pretrained columns back, bit for bit.
+
+        Raises:
+            RuntimeError: if they are in a weight that cannot be written now.
+        """
+        if self.is_adapted:
+            self.look_at_weight()
+        if self.left_behind:
+            raise RuntimeError(
+                f"{self.name}: the weight was sharded while it held adapted columns, and cannot be restored now. "
+                "Train a step or reshard the model first; or make the adapter with residency='swap' if it will be sharded"
+            )
+        self.pretrained_into(self.parameter)
         self.held.key = None
 
     def forget(self) -> None:
@@ -210,20 +246,20 @@ class AdaptedWeight:
 
     def pretrained_into(self, weight: Tensor) -> None:
         """Write the pretrained columns to a tensor of the weight's layout."""
-        if self.held.key is not None and self.columns is not None:
+        if self.is_adapted and self.columns is not None:
             self.oriented(weight).index_copy_(1, self.columns.index, self.columns.base)
 
     def pretrained(self) -> Tensor:
         """Return the pretrained weight, (out, in); a copy if it holds adapted columns now."""
         weight = self.matrix.detach()
-        if self.held.key is None or self.columns is None:
+        if not self.is_adapted or self.columns is None:
             return weight
         return weight.index_copy(1, self.columns.index, self.columns.base)
 
     def pretrained_columns(self, index: Tensor) -> Tensor:
         """Return a copy of some pretrained columns, (out, r), whatever the weight holds now."""
         columns = self.matrix.detach().index_select(1, index)
-        if self.held.key is not None and self.columns is not None:
+        if self.is_adapted and self.columns is not None:
             position = torch.searchsorted(self.columns.index, index).clamp(max=len(self.columns.index) - 1)
             kept = self.columns.index[position] == index
             columns = torch.where(kept, self.columns.base[:, position], columns)

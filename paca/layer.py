@@ -349,9 +349,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         The copy costs memory for as long as the caller keeps it.
         """
+        if self.adapted.is_adapted:
+            self.adapted.look_at_weight()
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         key = f"{prefix}base_layer.weight"
-        if self.adapted.held.key is not None and not self.merged and key in state:
+        if self.adapted.is_adapted and not self.merged and key in state:
             state[key] = state[key].detach().clone()
             self.adapted.pretrained_into(state[key])
         return state
