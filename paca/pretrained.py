@@ -136,7 +136,7 @@ def _load(key: str, run: RunOptions, load: Callable[..., Loaded]) -> Loaded:
 
 
 def dtype_argument() -> str:
-    """The name that `from_pretrained` and `from_config` give to the dtype: `torch_dtype` was renamed in transformers 4.56."""
+    """What `from_pretrained` and `from_config` call the dtype; it was `torch_dtype` before transformers 4.56."""
     import transformers
     from packaging.version import Version
 

@@ -103,6 +103,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
         _save(recipe, trainer, metrics, samples, counts)
     except Exception as error:
         if checkpoints.is_disk_full(error):
+            _remove_unfinished(out)
             raise CheckpointError(f"the disk is full: {error}. {checkpoints.after_full_disk(out)}") from error
         raise
     _report(recipe, metrics, samples, data.chat, say)
@@ -525,9 +526,9 @@ def _save(recipe: Recipe, trainer: Any, metrics: dict[str, Any], samples: list[d
     from paca.plots import plot_loss
 
     out = recipe.output_dir
-    unfinished = out / ".unfinished"
+    unfinished = out / ".run.unfinished"
     if _is_main():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_unfinished(out)
     trainer.save_model(str(unfinished), _internal_call=True)
     if not _is_main():
         return
@@ -543,6 +544,15 @@ def _save(recipe: Recipe, trainer: Any, metrics: dict[str, Any], samples: list[d
     write_text(out / RESULTS, json.dumps(metrics, indent=2))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what was being written when a run ended."""
+    for path in out.glob(".*.unfinished"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
