@@ -234,7 +234,7 @@ class AdaptedWeight:
         if self.left_behind:
             raise RuntimeError(
                 f"{self.name}: the weight was sharded while it held adapted columns, and cannot be restored now. "
-                "Train a step or reshard the model first; or make the adapter with residency='swap' if it will be sharded"
+                "Train a step or reshard the model first; or use residency='swap' for a model that will be sharded"
             )
         self.pretrained_into(self.parameter)
         self.held.key = None

@@ -100,7 +100,7 @@ def test_dpo_without_a_reference_model_uses_the_disabled_adapter_as_reference(tm
     trainer.train()
     # An untrained policy equals its reference: the first loss is -log σ(0), and no reward parts the two.
     assert losses_of(trainer)[0] == pytest.approx(0.6931, abs=1e-4)
-    assert losses_of(trainer)[-1] < 0.6
+    assert losses_of(trainer)[-1] < 0.68
     with trainer.model.disable_adapter():
         assert torch.equal(tiny.logits(trainer.model), tiny.logits(tiny.llama()))
     assert not torch.equal(tiny.logits(trainer.model), tiny.logits(tiny.llama()))
