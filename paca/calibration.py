@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
@@ -46,6 +47,8 @@ def calibrate(
             f"selection={config.selection!r} needs no calibration; the measured ones are {', '.join(MEASURED)}"
         )
     targets = PacaModel.targets(model, config)
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        raise ValueError(f"calibrate needs the base model, before get_peft_model: {adapted[0]} has an adapter already")
     if not targets:
         raise ValueError(f"there is nothing to calibrate: no layer matches target_modules={config.target_modules!r}")
     scores = {name: torch.zeros(in_out_features(module)[0], dtype=torch.float64) for name, module in targets.items()}

@@ -6,7 +6,9 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +73,10 @@ class Columns:
         """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""
         if self.positions is None:
             return adapters[0].delta, adapters[0].scale
-        total = torch.zeros(self.base.shape, dtype=adapters[0].delta.dtype, device=self.base.device)
+        dtype = reduce(torch.promote_types, (adapter.delta.dtype for adapter in adapters))
+        total = torch.zeros(self.base.shape, dtype=dtype, device=self.base.device)
         for adapter, position in zip(adapters, self.positions, strict=True):
-            total = total.index_add(1, position, adapter.delta * adapter.scale)
+            total = total.index_add(1, position, adapter.delta.to(dtype) * adapter.scale)
         return total, 1.0
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -105,6 +108,8 @@ class AdaptedWeight:
         self.columns: Columns | None = None
         self.held = Held()
         self.left_behind = False  # whether the weight was sharded while it held adapted columns, and still has them
+        self.changes = 0  # changes of the deltas that torch cannot tell from their tensors
+        self._epoch = 0  # when the weight was last known to be fresh
         self._seen: int | None = None  # id of the weight last used
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,14 +143,30 @@ class AdaptedWeight:
     # ------------------------------------------------------------------ write
 
     def is_fresh(self, adapters: Sequence[Adapter], epoch: int) -> bool:
-        """Whether a resident weight holds these adapters as they are now, as far as torch can tell."""
-        return self.held.key is not None and self.held.key == self._key(adapters, epoch)
+        """Whether a resident weight holds these adapters as they are now, as far as torch can tell.
+
+        After optimizer steps that may have changed anything the values themselves decide.
+        """
+        if not self._is_written(adapters):
+            return False
+        if self._epoch != epoch:
+            if not self.holds(adapters):
+                self.changes += 1
+                return False
+            self._epoch = epoch
+        return True
+
+    def _is_written(self, adapters: Sequence[Adapter]) -> bool:
+        return self.held.key is not None and self.held.key == self._key(adapters)
 
     def plan(self, adapters: Sequence[Adapter]) -> None:
         """Keep the pretrained columns of these adapters, unless that is done already."""
         self.look_at_weight()
         if is_sharded(self.parameter):
             return  # the next forward sees the whole weight
+        self._refuse_second_holder()
+        if self.columns is not None and self.columns.base.dtype != self.parameter.dtype:
+            self.columns.base = self.columns.base.to(self.parameter.dtype)  # the layer alone was cast
         if self.columns is None or not self.columns.covers(adapters, self.parameter):
             self.restore()
             self.columns = Columns(self.matrix, adapters)
@@ -158,12 +179,30 @@ class AdaptedWeight:
 
     def mark_written(self, adapters: Sequence[Adapter], epoch: int) -> None:
         """Note that the weight holds these adapters."""
-        self.held.key = self._key(adapters, epoch)
+        self.held.key, self._epoch = self._key(adapters), epoch
+        _holders[self.parameter.data_ptr()] = self
 
-    def _key(self, adapters: Sequence[Adapter], epoch: int) -> object:
+    def _key(self, adapters: Sequence[Adapter]) -> object:
         """Say what the weight would hold if it were written now: equal keys mean equal contents."""
         weight = self.parameter
-        return epoch, weight.data_ptr(), weight.dtype, *(adapter.key() for adapter in adapters)
+        return self.changes, weight.data_ptr(), weight.dtype, *(adapter.key() for adapter in adapters)
+
+    def _refuse_second_holder(self) -> None:
+        """Keep two layers from writing one memory: each would take the other's columns for pretrained ones.
+
+        Raises:
+            ValueError: naming both; ties that are there when adapters are made are found then, and swap.
+        """
+        address = self.parameter.data_ptr()
+        other = _holders.get(address)
+        if other is None or other is self or not address or self.residency == "swap":
+            return
+        if other.held.key is not None and other.parameter.data_ptr() == address:
+            raise ValueError(
+                f"{self.name} and {other.name} share the memory of one weight, which {other.name} keeps its columns in "
+                "already (weights were tied after the adapter was made, or two models share them); give each its own "
+                "copy, or make the adapters with residency='swap'"
+            )
 
     @torch.no_grad()
     def look_at_weight(self) -> None:
@@ -197,29 +236,35 @@ class AdaptedWeight:
 
     # ------------------------------------------------------------------ check and undo
 
-    def check(self, adapters: Sequence[Adapter], epoch: int, rows: int | None = None) -> None:
+    def holds(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> bool:
+        """Whether the weight's columns are what they should be, bit for bit; of every so manieth row if `rows`."""
+        write = self.column_write(adapters)
+        stride = 1 if rows is None else math.ceil(len(write.base) / rows)
+        some = slice(first % stride, None, stride)
+        found = write.weight[some].index_select(1, write.index)
+        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
+        return torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+    def check(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> None:
         """Compare the weight's columns with what they should be, bit for bit.
 
         Args:
             adapters: those that should be held.
-            epoch: the current one.
             rows: look at this many rows only, spread over the weight; all by default.
+            first: which rows those are changes with it.
 
         Raises:
             StaleColumnsError: if they differ although no change was seen. A change that was seen is written by the next
                 forward and is no error.
         """
-        if self.columns is None or not self.ready(adapters) or not self.is_fresh(adapters, epoch):
+        if self.columns is None or not self.ready(adapters) or not self._is_written(adapters):
             return
-        write = self.column_write(adapters)
-        some = slice(0, None, 1 if rows is None else math.ceil(len(write.base) / rows))
-        found = write.weight[some].index_select(1, write.index)
-        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
-        if not torch.equal(found.nan_to_num(), wanted.nan_to_num()):
+        if not self.holds(adapters, rows, first):
             raise StaleColumnsError(
                 f"{self.name}: the weight does not hold the adapter's columns. Its delta or its weight was changed in "
-                "a way torch cannot see (.data, a custom kernel, or an edit of a compiled model). Call "
-                "paca.refresh(model) after such a change; edit base weights inside `with model.disable_adapter():`."
+                "a way torch cannot see (.data, a custom kernel, an edit of a compiled model, or an optimizer that "
+                "steps copies while the model runs compiled). Call paca.refresh(model) after such a change; edit base "
+                "weights inside `with model.disable_adapter():`."
             )
 
     @torch.no_grad()
@@ -238,6 +283,10 @@ class AdaptedWeight:
             )
         self.pretrained_into(self.parameter)
         self.held.key = None
+
+    def leave(self) -> None:
+        """Give the weight up as it is."""
+        self.held.key = self.columns = None
 
     def forget(self) -> None:
         """Restore the weight, which may then be replaced, and plan anew."""
@@ -270,6 +319,10 @@ class AdaptedWeight:
         self._seen = None
         if self.columns is not None:
             self.columns.apply(fn)
+
+
+# Which weights hold adapted columns, by address.
+_holders: WeakValueDictionary[int, AdaptedWeight] = WeakValueDictionary()
 
 
 def is_sharded(weight: Tensor) -> bool:

@@ -129,12 +129,15 @@ class PacaConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does; of `columns` only that they were chosen: the adapter file has them."""
+        """Save as PEFT does; of `columns` only that they were chosen: the adapter file has them.
+
+        The fingerprint goes to the file alone: a config object may be used again, for other columns.
+        """
         chosen, self.columns = self.columns, None if self.columns is None else {}
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.columns = chosen
+            self.columns, self.base_fingerprint = chosen, None
 
 
 def settings(config: PeftConfig) -> PacaConfig:

@@ -38,7 +38,10 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         found = ", ".join(f"{name} ({config.peft_type})" for name, config in configs.items()) or "none"
         raise ValueError(f"the model has no PaCA adapter {adapter_name!r}; it has: {found}")
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return _lora_config(configs[adapter_name]), _lora_tensors(configs[adapter_name], tensors)
+    config = configs[adapter_name]
+    lora = _lora_tensors(config, tensors)
+    config.base_fingerprint = None  # of these tensors only
+    return _lora_config(config), lora
 
 
 def export_lora(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:

@@ -60,7 +60,7 @@ def refresh(model: nn.Module) -> None:
     Needed only where values were changed behind torch's back: `.data` edits, custom kernels, or edits of a model that
     runs compiled.
     """
-    write(_paca_layers(model))
+    write_changed(_paca_layers(model))
 
 
 @torch.no_grad()
@@ -72,6 +72,14 @@ def verify(model: nn.Module) -> None:
     """
     for layer in _paca_layers(model):
         layer.check_columns()
+
+
+def write_changed(layers: Iterable[PacaLayer]) -> None:
+    """Write columns whose deltas may have changed without a trace; a backward of an earlier forward is refused then."""
+    layers = list(layers)
+    for layer in layers:
+        layer.adapted.changes += 1
+    write(layers)
 
 
 def write(layers: Iterable[PacaLayer]) -> None:
@@ -100,10 +108,16 @@ def _owned(optimizer: Optimizer) -> list[PacaLayer]:
 
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    layers = _owned(optimizer) if _layers else []
+    if not _layers:
+        return
     step = next(_steps)
-    if layers and step % layers[0].steps_per_check == 0:
-        layers[step // layers[0].steps_per_check % len(layers)].check_columns(rows=ROWS_PER_CHECK)
+    # An optimizer that owns no delta may step copies of them: what was trained since its last step is looked at.
+    layers = _owned(optimizer) or [
+        layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())
+    ]
+    for layer in layers:
+        if step % layer.steps_per_check == 0:
+            layer.check_columns(rows=ROWS_PER_CHECK, first=step)
 
 
 @torch.no_grad()
@@ -113,6 +127,6 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     layers = _owned(optimizer)
     if layers:
-        write(layers)
+        write_changed(layers)
     else:
         _epoch += 1

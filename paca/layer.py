@@ -10,6 +10,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from paca import freshness
@@ -188,7 +189,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         gather = self.adapted.ops.gather
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return gather(x.detach(), columns.index).to(dtype)
-        now = (x._version, backwards())
+        now = (x._version, x.data_ptr(), backwards())
         then, slices = cast(_Gathered, getattr(x, "_paca_gathered", (None, {})))
         if then != now:
             slices = {}
@@ -251,9 +252,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.adapted.mark_written(self.held_adapters(), freshness.epoch())
 
     @torch.no_grad()
-    def check_columns(self, rows: int | None = None) -> None:
+    def check_columns(self, rows: int | None = None, first: int = 0) -> None:
         """Raise `StaleColumnsError` if the weight does not hold what it should; see `AdaptedWeight.check`."""
-        self.adapted.check(self.held_adapters(), freshness.epoch(), rows)
+        self.adapted.check(self.held_adapters(), rows, first)
 
     # ------------------------------------------------------------------ merge
 
@@ -310,6 +311,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if not self.merged:  # also if this layer has none of the adapters to be merged
             self.enable_adapters(False)
+        self.adapted.leave()
         freshness.forget(self)
         return self.get_base_layer()
 
@@ -367,6 +369,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             found = len(checked_columns(index, self.in_features, f"{self.name}, adapter {name!r}"))
             if found != r:
                 raise ValueError(f"{self.name}, adapter {name!r}: its config trains {r} columns, its file has {found}")
+        if self.merged and f"{prefix}base_layer.weight" in state_dict:
+            raise ValueError(
+                f"{self.name}: base weights cannot be loaded while an adapter is merged into them, because nobody "
+                "could tell merged columns from pretrained ones; call unmerge_adapter() first"
+            )
         self.adapted.forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -382,15 +389,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():  # all else relies on sorted columns
             delta.copy_(delta[:, index.argsort()])
             index.copy_(columns)
-        self._mark_checked(adapter)
         found = fingerprint(self.base_columns(adapter), self.in_features)
         expected = self.expected_fingerprint[adapter]
-        if expected and (why := mismatch(expected, found, self.get_base_layer().weight.dtype)):
+        if expected and (why := mismatch(expected, found)):
             raise BaseMismatchError(
                 f"{self.name}: adapter {adapter!r} was made for another base model: {why}. Load it on the base it was "
                 "trained on, or, if you mean it, pass a config with check_base=False: "
                 "config = PeftConfig.from_pretrained(…); config.check_base = False"
             )
+        self._mark_checked(adapter)
 
     def _mark_checked(self, adapter: str) -> None:
         index = self.paca_indices[adapter]
@@ -416,7 +423,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         if changed and self.adapted.held.key is not None and not self.merged:
             with torch.no_grad():
-                freshness.write([self])
+                freshness.write_changed([self])
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -445,6 +452,8 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
     """
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise TypeError("MultiheadAttention reads the weight of its out_proj without calling it, so it cannot train.")
     if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
         return layer.in_features, layer.out_features
     own = (

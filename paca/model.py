@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class PacaModel(BaseTuner):
         ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
         if ranks:  # columns are not saved with the config; how many there are must be
             config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
-        self._tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._tied = Counter(_memory(p) for _, p in model.named_parameters(remove_duplicate=False))
         if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
             self._check_fits(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -131,6 +132,11 @@ class PacaModel(BaseTuner):
         layer = target if isinstance(target, PacaLayer) else None
         if layer is None:
             layer = AdaptedLinear(target, current_key, get_backend(), self._residency(config, target, current_key))
+        elif config.residency not in ("auto", layer.residency):
+            raise ValueError(
+                f"{current_key}: residency={config.residency!r}, but the weight's other adapters are "
+                f"{layer.residency}; all adapters of a weight live in the same way: use 'auto'"
+            )
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.paca_alpha)
         layer.update_layer(
             adapter_name,
@@ -149,7 +155,7 @@ class PacaModel(BaseTuner):
         """Decide where the columns of a layer live between steps."""
         weight = target.get_base_layer().weight if isinstance(target, BaseTunerLayer) else target.weight
         assert isinstance(weight, Tensor)
-        why = "the weight is tied to another module's" if self._tied[id(weight)] > 1 else why_not_resident(weight)
+        why = "the weight is tied to another module's" if self._tied[_memory(weight)] > 1 else why_not_resident(weight)
         if config.residency == "resident" and why:
             raise ValueError(
                 f"{name}: residency='resident' is impossible because {why}; use 'auto' or 'swap', or exclude the module"
@@ -269,10 +275,16 @@ class PacaModel(BaseTuner):
             if not used:
                 continue
             index = torch.cat([layer.paca_indices[a] for a, _ in used]).unique()
-            delta = layer.paca_delta[used[0][0]].detach().new_zeros(layer.out_features, len(index))
+            dtype = reduce(torch.promote_types, (layer.paca_delta[a].dtype for a, _ in used))
+            delta = torch.zeros(layer.out_features, len(index), dtype=dtype, device=index.device)
             for adapter, weight in used:
                 position = torch.searchsorted(index, layer.paca_indices[adapter])
-                delta.index_add_(1, position, layer.paca_delta[adapter].detach(), alpha=weight * layer.scaling[adapter])
+                delta.index_add_(
+                    1,
+                    position,
+                    layer.paca_delta[adapter].detach().to(delta.dtype),
+                    alpha=weight * layer.scaling[adapter],
+                )
             sums[name] = index, delta
 
         config: Any = copy.deepcopy(settings(self.peft_config[adapters[0]]))
@@ -284,7 +296,8 @@ class PacaModel(BaseTuner):
         config.alpha_pattern = {
             f"^{re.escape(name)}": len(index) for name, (index, _) in sums.items() if len(index) != config.r
         }
-        config.paca_alpha, config.target_modules, config.exclude_modules = config.r, set(sums), None
+        config.paca_alpha, config.exclude_modules, config.base_fingerprint = config.r, None, None
+        config.target_modules = "|".join(re.escape(name) for name in sums)  # these, and no others that end alike
         config.layers_to_transform = config.layers_pattern = None
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
@@ -315,6 +328,11 @@ class PacaModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         return state
+
+
+def _memory(weight: Tensor) -> int:
+    """Identify the memory that a weight is in, which tied weights share; a weight without values by itself."""
+    return id(weight) if weight.is_meta else weight.data_ptr() or id(weight)
 
 
 def _matches(config: Any, name: str) -> bool:

@@ -257,6 +257,9 @@ def refresh(model):
 @pytest.mark.parametrize("residency", ["resident", "swap"])
 def test_whatever_changes_a_delta_is_seen(edit, training, residency):
     model = make_model(residency=residency).train(training)
+    with torch.no_grad():
+        for delta in deltas_of(model):  # or a change of scale would change nothing
+            delta.normal_()
     assert_fresh(model)
     edit(model)
     assert_fresh(model)
@@ -393,3 +396,86 @@ def test_deltas_are_float32_however_the_adapter_is_added():
         Net().bfloat16(), paca.PacaConfig(r=4, target_modules=TARGETS), autocast_adapter_dtype=False
     )
     assert {delta.dtype for delta in deltas_of(explicit)} == {torch.bfloat16}
+
+
+def test_two_layers_never_hold_columns_in_one_weight():
+    model = make_model()
+    first, middle = layers_of(model)[:2]
+    middle.get_base_layer().weight.data = first.get_base_layer().weight.data
+    with pytest.raises(ValueError, match=r"middle and first share the memory of one weight"):
+        model(torch.randn(2, 12))
+
+
+def test_weights_in_one_memory_are_found_when_the_adapter_is_made():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net[1].weight.data = net[0].weight.data
+    model = get_peft_model(net, paca.PacaConfig(r=2, target_modules=["0", "1"]))
+    assert [layer.residency for layer in layers_of(model)] == ["swap", "swap"]
+
+
+def test_base_weights_are_not_loaded_under_a_merged_adapter():
+    model = make_model()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"call unmerge_adapter\(\) first"):
+        model.load_state_dict(state)
+    model.unmerge_adapter()
+    model.load_state_dict(state)
+    assert_fresh(model)
+
+
+def test_another_models_step_between_forward_and_backward_is_no_reason_to_refuse():
+    model, other = make_model(), nn.Linear(2, 2)
+    x = torch.randn(2, 12)
+    written = count_writes(model)
+    loss = model(x).sum()
+    other(torch.randn(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    (loss + model(x).sum()).backward()
+    assert written == []
+
+
+def test_a_compiled_model_is_not_trained_on_by_an_optimizer_that_steps_copies():
+    model = make_model()
+    optimizer = FlatCopies(deltas_of(model), lr=0.1)
+    train_step(model, optimizer)
+    for layer in layers_of(model):
+        layer.sync = lambda: None  # a compiled forward does not look
+    with pytest.raises(paca.StaleColumnsError, match="steps copies while the model runs compiled"):
+        train_step(model, optimizer)
+
+
+def test_a_fused_step_between_forward_and_backward_is_refused():
+    model = make_model()
+    loss = model(torch.randn(2, 12)).sum()
+    train_step(model, torch.optim.SGD(deltas_of(model), lr=0.1, fused=True))
+    with pytest.raises(paca.StaleColumnsError, match="changed between forward and backward"):
+        loss.backward()
+
+
+def test_adapters_of_different_dtype_add_up():
+    model = make_model(dtype=torch.bfloat16)
+    model.add_adapter("low", paca.PacaConfig(r=4, target_modules=TARGETS), autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "low"])
+    model(torch.randn(2, 12, dtype=torch.bfloat16)).sum().backward()
+    model.base_model.add_weighted_adapter(["low", "default"], [1.0, 1.0], "sum")
+
+
+def test_a_base_layer_that_is_cast_alone_keeps_working():
+    model = make_model()
+    with torch.no_grad():
+        for delta in deltas_of(model):
+            delta.normal_()
+    model(torch.randn(2, 12))
+    for layer in layers_of(model):
+        layer.get_base_layer().to(torch.bfloat16)
+    x = torch.randn(2, 12, dtype=torch.bfloat16)
+    assert model(x).dtype == torch.bfloat16
+    paca.verify(model)
+
+
+def test_a_config_object_can_be_used_again_after_a_save(tmp_path):
+    config = paca.PacaConfig(r=4, target_modules=TARGETS)
+    get_peft_model(Net(), config).save_pretrained(tmp_path)
+    again = get_peft_model(Net(), config)
+    again.load_state_dict(again.state_dict())
