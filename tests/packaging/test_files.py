@@ -94,3 +94,11 @@ def test_every_package_of_the_library_says_what_it_is():
     ]
     assert len(modules) > 10
     assert names(file for file in modules if not file.read_text(encoding="utf-8").startswith(('"""', 'r"""'))) == []
+
+
+def test_the_guide_to_the_tests_names_every_folder_of_tests():
+    guide = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    folders = {file.relative_to(ROOT).parts[1] for file in files() if file.relative_to(ROOT).parts[0] == "tests"}
+    folders = {folder for folder in folders if (ROOT / "tests" / folder).is_dir()}
+    assert "packaging" in folders
+    assert {folder for folder in folders if f"| `{folder}/` |" not in guide} == set()
