@@ -242,8 +242,7 @@ def _measure(options: Options, command: str) -> int:
     from paca.bench.measure import measure
     from paca.bench.plot import draw
 
-    result = measure(options, command)
-    result.write(options.out)
+    result = measure(options, command, save=lambda so_far: so_far.write(options.out))
     report.show(result)
     print(f"raw result: {options.out}")
     if options.plot is not None:

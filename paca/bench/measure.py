@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from paca.bench.command import Options
 
 
-def measure(options: Options, command: str) -> Result:
+def measure(options: Options, command: str, save: Callable[[Result], None]) -> Result:
     """Measure what the options ask for.
 
     Args:
         options: checked.
         command: what was typed, for the record.
+        save: is given the result as far as it goes, after each round and each peak, so that a stopped run is not
+            lost.
 
     Raises:
         RuntimeError: if a method does not compute what the floor computes, so that comparing it would say nothing.
@@ -73,15 +76,14 @@ def measure(options: Options, command: str) -> Result:
             if timed:
                 contestants[name] = contestant
         if timed:
-            result.load = time_rounds(
-                contestants, result.methods, options.rounds, options.warmup, options.seed, progress
-            )
+            time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save)
         contestants.clear()
         for name in methods if peaks else ():
             progress(f"memory of {name}")
             result.methods[name].peak = measure_peak(
                 name, options.shape, options.dtype, backend.name, options.threads, options.seed
             )
+            save(result)
     return result
 
 

@@ -164,7 +164,8 @@ def _memory(result: Result) -> Table:
         least = peak_above_build(floor)
         for row, method in zip(rows, result.methods.values(), strict=True):
             peak = peak_above_build(method)
-            if peak is None or least is None:
-                raise ValueError(f"{method.label} has no peak though the floor has")
-            row += [f"{peak / MB:,.0f}", f"{(peak - least) / MB:+,.0f}"]
+            if peak is None or least is None:  # a stopped run lacks the last ones
+                row += ["-", "-"]
+            else:
+                row += [f"{peak / MB:,.0f}", f"{(peak - least) / MB:+,.0f}"]
     return Table("Memory", head, rows)

@@ -75,6 +75,20 @@ def test_a_run_writes_result_and_plot_and_shows_the_tables(
     assert f"paca bench {' '.join(arguments)}" in shown
 
 
+def test_a_run_that_is_stopped_leaves_the_rounds_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paca.bench.measure.measure_peak", stop)
+    arguments = ["--shape", "tiny", "--methods", "paca-r4", "--rounds", "2", "--malloc", "default"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--out", str(tmp_path / "run.json")])
+    assert [len(method.samples) for method in read(tmp_path / "run.json").methods.values()] == [2, 2]
+
+
 @pytest.mark.slow
 def test_peak_memory_is_read_in_a_process_of_its_own() -> None:
     shape = SHAPES["small"]
