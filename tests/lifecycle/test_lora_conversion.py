@@ -128,6 +128,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_exported_folders_load_in_stock_peft_without_paca(tmp_path):
     models = {}
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):

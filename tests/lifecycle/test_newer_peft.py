@@ -88,6 +88,7 @@ def adapter(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_importing_paca_beside_a_peft_that_has_its_own_does_not_collide(adapter):
     out = run(
         """
