@@ -99,5 +99,9 @@ def _make(name: str, **strategies: str) -> Backend:
 
 
 def _detect() -> Backend:
-    usable = [_load(name) for name, why in available_backends().items() if why is None]
+    reasons = available_backends()
+    usable = [_load(name) for name, why in reasons.items() if why is None]
+    if not usable:
+        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise BackendUnavailableError(f"no backend can be used here ({listed})")
     return max(usable, key=lambda backend: backend.priority)()

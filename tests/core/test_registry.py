@@ -129,3 +129,10 @@ def test_memory_is_reported_and_its_peak_can_be_reset():
     del block
     backend.reset_peak_memory()
     assert backend.memory().peak < high.peak
+
+
+def test_no_usable_backend_is_said_with_every_reason(monkeypatch):
+    monkeypatch.setattr(registry, "BUILT_IN", {"cpu": "paca_is_not_on_the_path:CPUBackend"})
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    with pytest.raises(paca.BackendUnavailableError, match=r"cpu: it cannot be imported: .*paca_is_not_on_the_path"):
+        paca.get_backend()
