@@ -37,7 +37,8 @@ class Ops:
     gather: Callable[[Tensor, Tensor], Tensor] = strategies.gather_index_select  # x, index -> x[..., index]
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor] = strategies.forward_linear  # x, weight, bias -> y
     grad_input: Callable[[Tensor, Tensor], Tensor] = strategies.grad_input_matmul  # gy, weight -> gx
-    grad_columns: Callable[[Tensor, Tensor], Tensor] = strategies.grad_columns_thin_first  # gy, xs -> (out, r), float32
+    # gy, xs, scale -> scale·gyᵀxs, (out, r), float32
+    grad_columns: Callable[[Tensor, Tensor, float], Tensor] = strategies.grad_columns_thin_first
     write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
 
 

@@ -166,10 +166,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: the base weight requires a gradient, but PaCA trains its columns through the adapter "
                 "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
             )
-        dtype = _compute_dtype(x)
+        cast_x = x.to(_compute_dtype(x))
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype),
-            self._gathered(x, columns, dtype) if trains else None,
+            cast_x,
+            self._gathered(x, cast_x, columns) if trains else None,
             adapted.matrix,
             bias,
             delta,
@@ -181,14 +181,19 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         )
         return y
 
-    def _gathered(self, x: Tensor, columns: Columns, dtype: torch.dtype) -> Tensor:
-        """Return x[..., index], shared by all layers that read the same `x` at the same columns.
+    def _gathered(self, x: Tensor, cast_x: Tensor, columns: Columns) -> Tensor:
+        """Return x[..., index] in the dtype of the GEMM, shared by all layers that read the same `x` at these columns.
 
         It is remembered on `x` itself, so that it lives no longer than `x` does.
+
+        Args:
+            x: what the layer was given.
+            cast_x: the same in the dtype of the GEMM.
+            columns: whose index to gather.
         """
-        gather = self.adapted.ops.gather
+        gather, dtype = self.adapted.ops.gather, cast_x.dtype
         if torch.compiler.is_compiling() or type(x) is not Tensor:
-            return gather(x.detach(), columns.index).to(dtype)
+            return gather(cast_x.detach(), columns.index)
         now = (x._version, x.data_ptr(), backwards())
         then, slices = cast(_Gathered, getattr(x, "_paca_gathered", (None, {})))
         if then != now:
@@ -196,7 +201,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             x._paca_gathered = (now, slices)  # type: ignore[attr-defined]
         key = (columns.key, dtype)
         if key not in slices:
-            slices[key] = gather(x.detach(), columns.index).to(dtype)
+            slices[key] = gather(cast_x.detach(), columns.index)
         return slices[key]
 
     # ------------------------------------------------------------------ what the weight holds

@@ -111,9 +111,7 @@ class PacaLinear(Function):
         if ctx.needs_input_grad[3]:
             gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if gy.numel() else gy.new_zeros(gy.shape[-1])
         if ctx.needs_input_grad[4]:
-            gdelta = ctx.ops.grad_columns(gy, xs)
-            if ctx.scale != 1.0:
-                gdelta = gdelta * ctx.scale
+            gdelta = ctx.ops.grad_columns(gy, xs, ctx.scale)
         return gx, None, None, gbias, gdelta, None, None, None, None, None
 
 

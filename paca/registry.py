@@ -15,7 +15,7 @@ from paca.errors import BackendUnavailableError
 GROUP = "paca.backends"
 # Our own backends are listed here as well as in the entry points, so that a bare checkout works without being
 # installed.
-BUILT_IN = {"cpu": "paca_cpu:CPUBackend"}
+BUILT_IN = {"cpu": "paca_cpu:CPUBackend", "cuda": "paca_cuda:CUDABackend"}
 
 _current: Backend | None = None
 

@@ -126,10 +126,10 @@ def test_output_and_gradients_stay_within_the_rounding_bound_of_float64(
 @pytest.mark.parametrize("defect", ["bf16 accumulation", "scaled twice", "columns in another order", "gradient cast"])
 def test_the_bound_catches_real_defects(defect):
     broken = {
-        "bf16 accumulation": lambda gy, xs: (xs.bfloat16().t() @ gy.bfloat16()).t().float(),
-        "scaled twice": lambda gy, xs: gy.t() @ xs * 2,
-        "columns in another order": lambda gy, xs: (gy.t() @ xs).flip(1),
-        "gradient cast": lambda gy, xs: (gy.t() @ xs).bfloat16().float(),
+        "bf16 accumulation": lambda gy, xs, scale: (xs.bfloat16().t() @ gy.bfloat16()).t().float(),
+        "scaled twice": lambda gy, xs, scale: gy.t() @ xs * 2,
+        "columns in another order": lambda gy, xs, scale: (gy.t() @ xs).flip(1),
+        "gradient cast": lambda gy, xs, scale: (gy.t() @ xs).bfloat16().float(),
     }[defect]
     layer = make_layer(16, 8, 4)
     layer.adapted.ops = replace(layer.adapted.ops, grad_columns=broken)

@@ -1,0 +1,89 @@
+"""The CUDA backend: cuBLAS for the frozen products, Triton for what PaCA adds to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from packaging.version import Version
+
+from paca.backend import PLAIN_TORCH, Backend, Capabilities, Choices, GraphMode, Memory, Ops
+from paca_cuda.strategies import grad_columns_cublas
+
+OLDEST_TORCH = "2.10"
+
+# Optimizer steps between two spot checks of the columns: one check waits for the device once a layer.
+STEPS_PER_CHECK = 64
+
+# Products of bfloat16 need compute capability 8.0 (Ampere).
+_LOW_PRECISION: Mapping[int, frozenset[torch.dtype]] = {
+    0: frozenset({torch.float16}),
+    8: frozenset({torch.float16, torch.bfloat16}),
+}
+
+
+class CUDABackend(Backend):
+    """NVIDIA GPUs; layers keep the strategies, tensors say which device they are on."""
+
+    name: ClassVar[str] = "cuda"
+    priority: ClassVar[int] = 10
+    choices: ClassVar[Choices] = MappingProxyType(
+        {
+            **PLAIN_TORCH,
+            "grad_columns": {"cublas": {"grad_columns": grad_columns_cublas}, **PLAIN_TORCH["grad_columns"]},
+        }
+    )
+    default_ops: ClassVar[Ops] = Ops(grad_columns=grad_columns_cublas)
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """Ask torch and the driver; no context is made."""
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+        if Version(torch.__version__).release < Version(OLDEST_TORCH).release:
+            return f"it needs torch {OLDEST_TORCH} or newer, found {torch.__version__}"
+        if not torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            hint = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
+            return f"torch {torch.__version__} sees no CUDA device{hint}; is the driver installed (nvidia-smi)?"
+        return None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the current device computes; without a device what every supported one does."""
+        major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 8
+        low = max(since for since in _LOW_PRECISION if since <= major)
+        return Capabilities(
+            dtypes=frozenset({torch.float64, torch.float32}) | _LOW_PRECISION[low],
+            graph_modes=(GraphMode.EAGER, GraphMode.COMPILE),
+            steps_per_check=STEPS_PER_CHECK,
+        )
+
+    def device(self, index: int | None = None) -> torch.device:
+        """The current CUDA device, or one by its number."""
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+    def describe(self) -> str:
+        """Name, memory and compute capability of the device, and the CUDA that torch was built for."""
+        found = torch.cuda.get_device_properties(self.device())
+        memory = found.total_memory / 2**30
+        return f"{found.name}, {memory:.1f} GiB, sm_{found.major}{found.minor}, CUDA {torch.version.cuda}"
+
+    def memory(self) -> Memory:
+        """What torch's allocator holds in tensors, its highest, and the device's memory."""
+        return Memory(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1])
+
+    def reset_peak_memory(self) -> None:
+        """Let the allocator's peak start again."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the current device."""
+        torch.cuda.synchronize()
+
+    def autocast_dtype(self) -> torch.dtype:
+        """Give bfloat16, or float16 where the device has no fast bfloat16."""
+        return torch.bfloat16 if torch.bfloat16 in self.capabilities.dtypes else torch.float16
