@@ -2,6 +2,7 @@
 
 from paca._version import __version__
 from paca.backend import Backend, Capabilities, GraphMode, Memory, Ops
+from paca.bank import AdapterBank
 from paca.calibration import calibrate
 from paca.config import PacaConfig
 from paca.convert import convert_to_lora
@@ -13,6 +14,7 @@ from paca.peft_plugin import register
 from paca.registry import available_backends, get_backend, set_backend, use_backend
 
 __all__ = [
+    "AdapterBank",
     "Backend",
     "BackendUnavailableError",
     "BaseMismatchError",

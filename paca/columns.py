@@ -46,15 +46,19 @@ class Columns:
         index: (u,) int64, the sorted union of their columns.
         base: (out, u) in the weight's dtype.
         key: equal for equal `index`, cheap to compare.
+
+    Args:
+        adapters: at least one.
+        pretrained: gives the pretrained columns of an index, (out, len(index)), as a tensor of their own.
     """
 
-    def __init__(self, weight: Tensor, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], pretrained: Callable[[Tensor], Tensor]) -> None:
         indices = [adapter.index for adapter in adapters]
         self._made_of = [(adapter.name, adapter.index, version_of(adapter.index)) for adapter in adapters]
         one = len(indices) == 1
         with torch.inference_mode(False):  # or autograd could not use them later
-            self.index = torch.cat(indices).unique()
-            self.base = weight.detach().index_select(1, self.index)
+            self.index = indices[0].clone() if one else torch.cat(indices).unique()
+            self.base = pretrained(self.index)
             self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
         self.key = self.index.cpu().numpy().tobytes()
 
@@ -168,8 +172,21 @@ class AdaptedWeight:
         if self.columns is not None and self.columns.base.dtype != self.parameter.dtype:
             self.columns.base = self.columns.base.to(self.parameter.dtype)  # the layer alone was cast
         if self.columns is None or not self.columns.covers(adapters, self.parameter):
+            self._turn_to(adapters)
+
+    def _turn_to(self, adapters: Sequence[Adapter]) -> None:
+        """Plan for other columns, and put the pretrained values back into those that are left behind.
+
+        Columns that both plans train are not touched: they will be written anyway.
+        """
+        if self.left_behind:
             self.restore()
-            self.columns = Columns(self.matrix, adapters)
+        before = self.columns
+        columns = Columns(adapters, self.pretrained_columns)
+        if self.is_adapted and before is not None and before.key != columns.key:
+            left = ~torch.isin(before.index, columns.index)
+            self.matrix.index_copy_(1, before.index[left], before.base[:, left])
+        self.columns = columns
 
     def column_write(self, adapters: Sequence[Adapter]) -> ColumnWrite:
         """What is to be written to the weight; after `plan`."""

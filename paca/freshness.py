@@ -9,7 +9,8 @@ spot check before each step compares the weight itself with what it should hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -30,6 +31,7 @@ ROWS_PER_CHECK = 8
 _layers: WeakSet[PacaLayer] = WeakSet()
 _steps = count()
 _epoch = 0
+_waiting: list[PacaLayer] | None = None  # layers to be written together, inside `one_write`
 _hooked = False
 
 
@@ -82,8 +84,26 @@ def write_changed(layers: Iterable[PacaLayer]) -> None:
     write(layers)
 
 
+@contextmanager
+def one_write() -> Iterator[None]:
+    """Collect the writes of a block and do them at its end, those of one backend in one call."""
+    global _waiting
+    if _waiting is not None:
+        yield
+        return
+    _waiting = []
+    try:
+        yield
+    finally:
+        layers, _waiting = _waiting, None
+        write(layers)
+
+
 def write(layers: Iterable[PacaLayer]) -> None:
     """Write the columns of many layers, those of one backend in one call."""
+    if _waiting is not None:
+        _waiting.extend(layers)
+        return
     by_ops: dict[Ops, list[tuple[PacaLayer, ColumnWrite]]] = {}
     for layer in layers:
         planned = layer.planned_write()

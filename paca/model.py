@@ -24,6 +24,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from paca import freshness
 from paca.columns import why_not_resident
 from paca.config import PacaConfig, settings
 from paca.fingerprint import fingerprint
@@ -232,6 +233,16 @@ class PacaModel(BaseTuner):
                 module.sync()
 
     # ------------------------------------------------------------------ adapters together
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active; of each weight only the columns that the old and the new ones train are written.
+
+        Args:
+            adapter_name: one name or several, whose updates add up.
+            inference_mode: do not train them.
+        """
+        with torch.no_grad(), freshness.one_write():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,279 @@
+"""A bank of adapters for one model: kept in host memory, swapped into its weights in place, undone bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from paca.columns import why_not_resident
+from paca.errors import BaseMismatchError
+from paca.fingerprint import fingerprint, mismatch
+from paca.layer import in_out_features
+from paca.registry import get_backend
+from paca.saved import SavedAdapter, SavedLayer, read_adapter
+from paca.select import checked_columns
+from paca.strategies import ColumnWrite
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """One layer's columns beside its weight, ready to be written."""
+
+    write: ColumnWrite
+    key: bytes  # equal for equal column numbers
+    address: int  # of the weight's memory when this was made
+
+    def restore(self, but: _Ready | None) -> None:
+        """Put the pretrained columns back, except those that the next adapter overwrites."""
+        if but is not None and but.key == self.key:
+            return
+        index, base = self.write.index, self.write.base
+        if but is not None:
+            left = ~torch.isin(index, but.write.index)
+            index, base = index[left], base[:, left]
+        self.write.weight.index_copy_(1, index, base)
+
+
+class AdapterBank:
+    """Serves many adapters from one copy of a base model, one at a time.
+
+    The model stays what it is: its own layers, its own forward, graphs captured or compiled from it. A swap writes the
+    columns of the new adapter, and puts pretrained values into those of the old one that the new one does not train.
+    Adapters of one seed train the same columns, and nothing is restored between them. For inference only: to train, or
+    to mix adapters in a batch, use PEFT.
+
+        bank = paca.AdapterBank(model, on_device=8)
+        bank.load("law", "adapters/law")       # into host memory, checked against this model
+        bank.prefetch("law")                   # to the model's device, before it is needed
+        bank.swap("law")                       # the model is the adapted one now
+        with bank.using("poems"):              # and back
+            ...
+        bank.swap(None)                        # the pretrained bits
+
+    Args:
+        model: a base model without PEFT layers.
+        on_device: how many adapters may wait beside the weights; the least recently used leaves. None: no limit.
+        pin_memory: keep host copies in page-locked memory, so that an accelerator fetches them without waiting.
+
+    Raises:
+        ValueError: if the model has adapters already, or the limit is below 1.
+    """
+
+    def __init__(self, model: nn.Module, on_device: int | None = None, pin_memory: bool = False) -> None:
+        if taken := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+            raise ValueError(f"a bank works on the base model, and {taken[0]} has an adapter; unload() it first")
+        if on_device is not None and on_device < 1:
+            raise ValueError(f"on_device must be at least 1, found {on_device}")
+        self.model = model
+        self.on_device = on_device
+        self.pin_memory = pin_memory
+        self._ops = get_backend().ops
+        self._modules = dict(model.named_modules())
+        self._host: dict[str, SavedAdapter] = {}
+        self._ready: OrderedDict[str, dict[str, _Ready]] = OrderedDict()  # the least recently used first
+        self._active: str | None = None
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that the model holds, None for the base model."""
+        return self._active
+
+    @property
+    def names(self) -> list[str]:
+        """All loaded adapters."""
+        return list(self._host)
+
+    @property
+    def prefetched(self) -> list[str]:
+        """Those that wait beside the weights, the least recently used first."""
+        return list(self._ready)
+
+    def load(self, name: str, adapter: str | os.PathLike[str] | SavedAdapter) -> None:
+        """Read an adapter into host memory and check it against the model; nothing of the model changes.
+
+        Args:
+            name: what to call it.
+            adapter: a folder written by `save_pretrained`, or what `paca.saved.read_adapter` gave.
+
+        Raises:
+            ValueError: if the name is taken, or the adapter does not fit: another layer or shape, a tied weight, or
+                tensors that are no columns (`modules_to_save`, biases).
+            BaseMismatchError: if it was made for another base model.
+        """
+        if name in self._host:
+            raise ValueError(f"the bank has an adapter {name!r} already; remove() it first or choose another name")
+        saved = adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter)
+        saved.refuse_others("a bank")
+        memory = Counter(p.data_ptr() for _, p in self.model.named_parameters(remove_duplicate=False))
+        for layer_name, layer in saved.layers.items():
+            self._check(layer_name, layer, saved, memory)
+        self._host[name] = _pinned(saved) if self.pin_memory else saved
+
+    def prefetch(self, name: str) -> None:
+        """Bring an adapter to the model's device and look up the pretrained columns it will replace.
+
+        Raises:
+            KeyError: if it is not loaded.
+        """
+        if name in self._ready:
+            self._ready.move_to_end(name)
+            return
+        self._refuse_unknown(name)
+        with torch.no_grad():
+            self._ready[name] = {
+                layer_name: self._make_ready(layer_name, layer) for layer_name, layer in self._host[name].layers.items()
+            }
+        while self.on_device is not None and len(self._ready) > self.on_device:
+            oldest = next((other for other in self._ready if other not in (name, self._active)), None)
+            if oldest is None:
+                break  # the one in use and the next one are both needed for the swap
+            self.evict(oldest)
+
+    @torch.no_grad()
+    def swap(self, name: str | None) -> None:
+        """Make the model hold this adapter, or None: the pretrained weights.
+
+        Raises:
+            KeyError: if it is not loaded.
+            RuntimeError: if the model's weights were moved or replaced since the adapters were prefetched.
+        """
+        if name == self._active:
+            return
+        if name is not None:
+            self.prefetch(name)
+        old = self._ready[self._active] if self._active is not None else {}
+        new = self._ready[name] if name is not None else {}
+        self._refuse_moved(old)
+        self._refuse_moved(new)
+        for layer_name, ready in old.items():
+            ready.restore(but=new.get(layer_name))
+        if new:
+            self._ops.write_columns([ready.write for ready in new.values()])
+        before, self._active = self._active, name
+        if before is not None and self.on_device is not None and len(self._ready) > self.on_device:
+            self.evict(before)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[nn.Module]:
+        """Swap an adapter in for a block, and the one before back after it; gives the model."""
+        before = self._active
+        self.swap(name)
+        try:
+            yield self.model
+        finally:
+            self.swap(before)
+
+    def evict(self, name: str) -> None:
+        """Free an adapter's memory on the device; its host copy stays.
+
+        Raises:
+            ValueError: if the model holds it now.
+        """
+        self._refuse_active(name)
+        self._ready.pop(name, None)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            KeyError, ValueError: if it is not loaded, or the model holds it now.
+        """
+        self._refuse_unknown(name)
+        self.evict(name)
+        del self._host[name]
+
+    def device_bytes(self) -> int:
+        """Count what prefetched adapters take beside the weights, shared tensors once."""
+        tensors = {
+            t.data_ptr(): t.numel() * t.element_size()
+            for layers in self._ready.values()
+            for ready in layers.values()
+            for t in (ready.write.index, ready.write.base, ready.write.delta)
+        }
+        return sum(tensors.values())
+
+    # ------------------------------------------------------------------ checks and preparation
+
+    def _check(self, name: str, layer: SavedLayer, saved: SavedAdapter, memory: Counter[int]) -> None:
+        module = self._modules.get(name)
+        if module is None:
+            raise ValueError(f"the adapter trains {name}, and the model has no such module: it is for another model")
+        try:
+            in_features, out_features = in_out_features(module)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}") from None
+        checked_columns(layer.index, in_features, name)
+        if len(layer.delta) != out_features:
+            raise ValueError(f"{name} has {out_features} outputs, the adapter's deltas have {len(layer.delta)}")
+        weight = _parameter(module)
+        why = "it is tied to another module's" if memory[weight.data_ptr()] > 1 else why_not_resident(weight)
+        if why:
+            raise ValueError(f"the weight of {name} cannot hold columns: {why}; load the adapter with PEFT instead")
+        expected = (saved.config.base_fingerprint or {}).get(name) if saved.config.check_base else None
+        found = fingerprint(self._pretrained_columns(name, layer.index.to(weight.device)), in_features)
+        if expected and (difference := mismatch(expected, found)):
+            raise BaseMismatchError(f"{name}: the adapter was made for another base model: {difference}")
+
+    def _make_ready(self, name: str, layer: SavedLayer) -> _Ready:
+        weight = _parameter(self._modules[name])
+        key = layer.index.numpy().tobytes()
+        others = [layers[name] for layers in self._ready.values() if name in layers]
+        twin = next((o.write for o in others if (o.key, o.address) == (key, weight.data_ptr())), None)
+        index = twin.index if twin else layer.index.to(weight.device, non_blocking=True)
+        base = twin.base if twin else self._pretrained_columns(name, index)
+        delta = layer.delta.to(weight.device, non_blocking=True)
+        matrix = _matrix(self._modules[name])
+        return _Ready(ColumnWrite(matrix, index, base, delta, layer.scale), key, weight.data_ptr())
+
+    def _pretrained_columns(self, name: str, index: Tensor) -> Tensor:
+        """Return a copy of pretrained columns, (out, r), whatever the model holds now."""
+        columns = _matrix(self._modules[name]).index_select(1, index)
+        held = self._ready[self._active].get(name) if self._active is not None else None
+        if held is not None:
+            position = torch.searchsorted(held.write.index, index).clamp(max=len(held.write.index) - 1)
+            kept = held.write.index[position] == index
+            columns = torch.where(kept, held.write.base[:, position], columns)
+        return columns
+
+    def _refuse_moved(self, layers: dict[str, _Ready]) -> None:
+        for name, ready in layers.items():
+            if _parameter(self._modules[name]).data_ptr() != ready.address:
+                raise RuntimeError(
+                    f"the weight of {name} was moved or replaced while adapters were prefetched; swap(None) before "
+                    "moving the model, and evict() them"
+                )
+
+    def _refuse_unknown(self, name: str) -> None:
+        if name not in self._host:
+            raise KeyError(f"the bank has no adapter {name!r}; it has: {', '.join(self._host) or 'none'}")
+
+    def _refuse_active(self, name: str) -> None:
+        if name == self._active:
+            raise ValueError(f"the model holds {name!r} now; swap(None) or another adapter in first")
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in); a transposed view for Conv1D."""
+    weight = _parameter(module).detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _pinned(saved: SavedAdapter) -> SavedAdapter:
+    layers = {
+        name: SavedLayer(layer.index.pin_memory(), layer.delta.pin_memory(), layer.scale)
+        for name, layer in saved.layers.items()
+    }
+    return SavedAdapter(saved.config, layers)

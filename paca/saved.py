@@ -1,0 +1,168 @@
+"""A PaCA adapter as it lies in a folder: its settings, and for each layer the columns, their deltas and the scale."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paca.config import PEFT_TYPE, PacaConfig, settings
+from paca.fingerprint import in_features_of
+
+PREFIX = "base_model.model."
+DELTA, INDICES = ".paca_delta", ".paca_indices"
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer's part of an adapter: the weight becomes `W0[:, index] + scale·delta` there."""
+
+    index: Tensor  # (r,) int64, sorted
+    delta: Tensor  # (out, r)
+    scale: float
+
+    def update(self) -> Tensor:
+        """Return `scale·delta`, (out, r), with the rounding that the adapted model has."""
+        return self.delta if self.scale == 1.0 else self.delta * self.scale
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A whole adapter on the CPU.
+
+    Attributes:
+        config: its settings.
+        layers: by module name in the base model.
+        others: tensors that are no columns (`modules_to_save`, biases), by their key in the file.
+    """
+
+    config: PacaConfig
+    layers: Mapping[str, SavedLayer]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def width(self, name: str) -> int | None:
+        """Return the number of inputs of a layer; None if the file does not say."""
+        recorded = (self.config.base_fingerprint or {}).get(name)
+        return None if recorded is None else in_features_of(recorded)
+
+    def refuse_others(self, who: str) -> None:
+        """Refuse an adapter that trains more than columns.
+
+        Raises:
+            ValueError: naming what else it trains.
+        """
+        if self.others:
+            modules = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in self.others})
+            raise ValueError(
+                f"{who} takes trained columns only, and this adapter also trains {', '.join(modules)} "
+                "(modules_to_save or bias); merge it into the model instead (paca merge)"
+            )
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
+    """Read a folder written by `save_pretrained`, of paca or of PEFT's own PaCA.
+
+    Raises:
+        FileNotFoundError: if it is not a saved adapter.
+        ValueError: if it holds another kind of adapter, or is damaged; the message names the layer.
+    """
+    source = Path(folder)
+    weights = source / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(f"{source} is not a saved adapter: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
+    config = PeftConfig.from_pretrained(str(source))
+    if config.peft_type != PEFT_TYPE:
+        raise ValueError(f"{source} holds a {config.peft_type} adapter, not PaCA")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is truncated or damaged: {error}") from error
+    return from_tensors(config, tensors)
+
+
+def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
+    """Sort the tensors of an adapter, named as PEFT saves them, by layer.
+
+    Raises:
+        ValueError: if they do not belong together; the message names the layer.
+    """
+    ours = settings(config)
+    layers: dict[str, SavedLayer] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(DELTA)
+        if key.endswith(INDICES):
+            continue
+        if module == key:
+            others[key] = tensor
+            continue
+        name = module.removeprefix(PREFIX)
+        if f"{module}{INDICES}" not in tensors:
+            raise ValueError(f"the adapter has no column numbers for {name}: {module}{INDICES} is missing")
+        index = tensors[f"{module}{INDICES}"].detach().cpu().long()
+        delta = tensor.detach().cpu()
+        if delta.dim() != 2 or index.shape != delta.shape[1:]:
+            raise ValueError(f"{name}: {tuple(index.shape)} column numbers do not fit deltas of {tuple(delta.shape)}")
+        if len(index.unique()) != len(index) or (index < 0).any():
+            raise ValueError(f"{name}: column numbers must differ and not be negative, found {index.tolist()}")
+        order = index.argsort()
+        if not torch.equal(order, torch.arange(len(order))):
+            index, delta = index[order], delta[:, order].contiguous()
+        alpha = ours.alpha_pattern.get(get_pattern_key(list(ours.alpha_pattern), name), ours.paca_alpha)
+        layers[name] = SavedLayer(index, delta, alpha / len(index))
+    if not layers:
+        raise ValueError("the adapter has no PaCA columns")
+    return SavedAdapter(ours, layers, others)
+
+
+def to_tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
+    """Return the tensors of an adapter, named as PEFT saves them."""
+    tensors = dict(adapter.others)
+    for name, layer in adapter.layers.items():
+        tensors[f"{PREFIX}{name}{DELTA}"] = layer.delta.contiguous()
+        tensors[f"{PREFIX}{name}{INDICES}"] = layer.index.contiguous()
+    return tensors
+
+
+def write_adapter(config: PeftConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> Path:
+    """Write an adapter to a new folder, which appears when it is whole.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+    """
+    target = Path(folder)
+    refuse_full(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        save_file(dict(tensors), unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        copy.deepcopy(config).save_pretrained(str(unfinished))  # saving clears what belongs to these tensors only
+        unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
+        os.replace(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return target
+
+
+def refuse_full(target: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not an empty folder; choose a new one")
