@@ -31,15 +31,13 @@ class _Ready:
     key: bytes  # equal for equal column numbers
     address: int  # of the weight's memory when this was made
 
-    def restore(self, but: _Ready | None) -> None:
-        """Put the pretrained columns back, except those that the next adapter overwrites."""
-        if but is not None and but.key == self.key:
-            return
-        index, base = self.write.index, self.write.base
-        if but is not None:
-            left = ~torch.isin(index, but.write.index)
-            index, base = index[left], base[:, left]
-        self.write.weight.index_copy_(1, index, base)
+    def restore(self, before: _Ready | None) -> None:
+        """Put the pretrained columns back, unless the adapter that comes next overwrites just these.
+
+        Where it overwrites only some, finding out which would take longer than writing them twice.
+        """
+        if before is None or before.key != self.key:
+            self.write.weight.index_copy_(1, self.write.index, self.write.base)
 
 
 class AdapterBank:
@@ -154,7 +152,7 @@ class AdapterBank:
         self._refuse_moved(old)
         self._refuse_moved(new)
         for layer_name, ready in old.items():
-            ready.restore(but=new.get(layer_name))
+            ready.restore(before=new.get(layer_name))
         if new:
             self._ops.write_columns([ready.write for ready in new.values()])
         before, self._active = self._active, name

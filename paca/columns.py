@@ -73,6 +73,10 @@ class Columns:
             )
         )
 
+    def has(self, index: Tensor) -> bool:
+        """Whether these are the columns of `index`, on the same device."""
+        return self.base.device == index.device and torch.equal(self.index, index)
+
     def combined(self, adapters: Sequence[Adapter]) -> tuple[Tensor, float]:
         """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""
         if self.positions is None:
@@ -175,18 +179,16 @@ class AdaptedWeight:
             self._turn_to(adapters)
 
     def _turn_to(self, adapters: Sequence[Adapter]) -> None:
-        """Plan for other columns, and put the pretrained values back into those that are left behind.
-
-        Columns that both plans train are not touched: they will be written anyway.
-        """
-        if self.left_behind:
-            self.restore()
+        """Plan for other adapters; where they train the same columns, the weight is left to be written over."""
         before = self.columns
-        columns = Columns(adapters, self.pretrained_columns)
-        if self.is_adapted and before is not None and before.key != columns.key:
-            left = ~torch.isin(before.index, columns.index)
-            self.matrix.index_copy_(1, before.index[left], before.base[:, left])
-        self.columns = columns
+
+        def pretrained(index: Tensor) -> Tensor:
+            if before is not None and not self.left_behind and before.has(index):
+                return before.base
+            self.restore()
+            return self.matrix.detach().index_select(1, index)
+
+        self.columns = Columns(adapters, pretrained)
 
     def column_write(self, adapters: Sequence[Adapter]) -> ColumnWrite:
         """What is to be written to the weight; after `plan`."""

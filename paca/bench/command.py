@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   paca bench --suite cpu --out cpu.json             the numbers of docs/benchmarks.md
   paca bench --methods paca-r16,lora-r16 --rounds 30
   paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
+  paca bench --suite switch                         what a switch of adapters costs
   paca bench --report cpu.json --markdown           its tables again, for a document
 
 methods (the floor is always measured):
@@ -37,6 +38,7 @@ class Suite:
     rounds: int
     warmup: int
     about: str
+    switches: bool = False  # measures switches of adapters instead of training steps
 
 
 SUITES = {
@@ -54,6 +56,14 @@ SUITES = {
         rounds=15,
         warmup=2,
         about="four layers of a 1B-model's width, every method",
+    ),
+    "switch": Suite(
+        shape="decode",
+        methods="",
+        rounds=15,
+        warmup=2,
+        about="switching adapters, against fusing and hot-swapping LoRA; --methods and --measure do not apply",
+        switches=True,
     ),
 }
 
@@ -75,6 +85,7 @@ class Options:
     backend: str | None
     out: Path
     plot: Path | None
+    switches: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """Return what the result file should say of them."""
@@ -168,6 +179,8 @@ def _options(given: argparse.Namespace) -> Options:
     if given.markdown:
         raise ValueError("--markdown goes with --report FILE; a measurement prints its table and writes JSON")
     suite = SUITES[given.suite]
+    if suite.switches and given.methods is not None:
+        raise ValueError(f"--suite {given.suite} has its own methods; leave --methods out")
     sizes = {size.name: getattr(given, size.name) for size in fields(Shape)}
     shape = replace(SHAPES[given.shape or suite.shape], **{name: n for name, n in sizes.items() if n is not None})
     shape.check()
@@ -188,7 +201,7 @@ def _options(given: argparse.Namespace) -> Options:
             raise ValueError(f"--methods: {method.name} has a rank above the stack's narrowest input, {narrowest}")
     out = given.out or Path(f"paca-bench-{given.suite}.json")
     _check_output("--out", out, (".json",))
-    plot = None if given.no_plot else given.plot or out.with_suffix(".png")
+    plot = None if given.no_plot or suite.switches else given.plot or out.with_suffix(".png")
     if plot is not None:
         _check_output("--plot", plot, (".png", ".svg", ".pdf"))
     return Options(
@@ -205,6 +218,7 @@ def _options(given: argparse.Namespace) -> Options:
         backend=given.backend,
         out=out,
         plot=plot,
+        switches=suite.switches,
     )
 
 
@@ -217,11 +231,23 @@ def _check_output(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 def _report(given: argparse.Namespace) -> int:
     """Show a raw result again."""
-    from paca.bench import report
+    from paca.bench import report, switching, tables
     from paca.bench.result import read
 
     if given.plot is not None:
         _check_output("--plot", given.plot, (".png", ".svg", ".pdf"))
+    if switching.is_switch_result(given.report):
+        if given.plot is not None:
+            raise ValueError(f"{given.report} is a result of --suite switch, of which there is no plot")
+        switches = switching.read(given.report)
+        if given.clock != "auto":
+            switches.clock = given.clock
+        shown = switching.tables(switches), report.conditions(switches)
+        if given.markdown:
+            print(tables.as_markdown(*shown), end="")
+        else:
+            tables.show(*shown)
+        return 0
     result = read(given.report)
     if given.clock != "auto":
         result.clock = given.clock
@@ -238,10 +264,17 @@ def _report(given: argparse.Namespace) -> int:
 
 def _measure(options: Options, command: str) -> int:
     """Measure, write the raw result and the plot, and show the tables."""
-    from paca.bench import report
-    from paca.bench.measure import measure
+    from paca.bench import report, switching, tables
+    from paca.bench.measure import clock_of, measure
     from paca.bench.plot import draw
 
+    if options.switches:
+        backend = switching.backend_of(options)
+        switches = switching.measure(options, command, clock_of(options, backend), backend)
+        switches.write(options.out)
+        tables.show(switching.tables(switches), report.conditions(switches))
+        print(f"raw result: {options.out}")
+        return 0
     result = measure(options, command, save=lambda so_far: so_far.write(options.out))
     report.show(result)
     print(f"raw result: {options.out}")

@@ -43,7 +43,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         settings=options.recorded(),
         machine=describe(backend),
         shape=options.shape,
-        clock=_clock(options, backend),
+        clock=clock_of(options, backend),
         methods={},
     )
     timed, peaks = "time" in options.measure, "peak" in options.measure
@@ -87,7 +87,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
     return result
 
 
-def _clock(options: Options, backend: Backend) -> str:
+def clock_of(options: Options, backend: Backend) -> str:
     """Choose the clock of the tables.
 
     CPU time leaves out what other processes take. It says nothing of an accelerator, and it counts threads that

@@ -1,24 +1,15 @@
-"""Turns a raw result into tables: for a terminal, as plain text, or as the Markdown that the documentation shows."""
+"""Turns a raw result into tables, and the lines that must stand beside its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from paca.bench import tables as render
 from paca.bench.methods import FLOOR
 from paca.bench.result import Result
 from paca.bench.statistics import kept_above_floor, lora_of_rank, milliseconds, peak_above_build, ratio
+from paca.bench.switching import SwitchResult
+from paca.bench.tables import Table
 
 MB = 1e6
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, column heads and rows of text; the first column is text, the others are numbers."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def tables(result: Result) -> list[Table]:
@@ -30,13 +21,14 @@ def tables(result: Result) -> list[Table]:
     return made
 
 
-def conditions(result: Result) -> list[str]:
+def conditions(result: Result | SwitchResult) -> list[str]:
     """Return the lines that must stand beside the numbers."""
+    optimizer = ", AdamW" if isinstance(result, Result) else ""
     machine, shape = result.machine, result.shape
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     lines = [
         f"{shape.layers} Llama layers, hidden {shape.hidden}, ffn {shape.ffn}, heads {shape.heads}/{shape.kv_heads}, "
-        f"batch {shape.batch} x {shape.tokens} tokens, {result.settings['dtype']}, AdamW",
+        f"batch {shape.batch} x {shape.tokens} tokens, {result.settings['dtype']}{optimizer}",
         f"{machine['processor']}, {machine['cores']} cores; device: {machine['device']}; threads: {machine['threads']}",
         f"{packages}, Python {machine['python']}; commit {machine['revision'] or 'unknown'}; {machine['date']}",
         f"command: {result.command}",
@@ -52,48 +44,17 @@ def conditions(result: Result) -> list[str]:
 
 def as_markdown(result: Result) -> str:
     """Return everything as Markdown."""
-    parts = []
-    for table in tables(result):
-        ruler = ["---", *("---:" for _ in table.head[1:])]
-        rows = [table.head, ruler, *table.rows]
-        parts.append(f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
-    notes = "\n".join(f"- {line}" for line in conditions(result))
-    return "\n\n".join([*parts, notes]) + "\n"
+    return render.as_markdown(tables(result), conditions(result))
 
 
 def as_text(result: Result) -> str:
     """Return everything as aligned plain text."""
-    parts = []
-    for table in tables(result):
-        widths = [max(len(row[i]) for row in [table.head, *table.rows]) for i in range(len(table.head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in [table.head, ["-" * width for width in widths], *table.rows]
-        ]
-        parts.append("\n".join([table.title, *lines]))
-    return "\n\n".join([*parts, "\n".join(conditions(result))]) + "\n"
+    return render.as_text(tables(result), conditions(result))
 
 
 def show(result: Result) -> None:
     """Print everything to the terminal, with rich where it is installed and the output is a terminal."""
-    try:
-        from rich.console import Console
-        from rich.table import Table as RichTable
-    except ImportError:
-        print(as_text(result))
-        return
-    console = Console()
-    if not console.is_terminal:
-        print(as_text(result))
-        return
-    for table in tables(result):
-        rich_table = RichTable(title=table.title, title_justify="left")
-        for i, name in enumerate(table.head):
-            rich_table.add_column(name, justify="right" if i else "left")
-        for row in table.rows:
-            rich_table.add_row(*row)
-        console.print(rich_table)
-    console.print("\n".join(conditions(result)), markup=False, highlight=False)
+    render.show(tables(result), conditions(result))
 
 
 def _steps(result: Result) -> Table:
