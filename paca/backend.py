@@ -25,13 +25,15 @@ class GraphMode(str, Enum):
 
     EAGER = "eager"
     COMPILE = "compile"
+    LAZY = "lazy"  # collected into graphs that are run at marks
+    HPU_GRAPHS = "hpu_graphs"  # recorded once for each input shape and replayed; Gaudi's, in lazy mode
 
 
 @dataclass(frozen=True)
 class Ops:
     """A backend's chosen way for each tensor step.
 
-    Every field is a module-level function, so that the choice can be pickled, compared and compiled.
+    Functions are module-level ones, so that the choice can be pickled, compared and compiled.
     """
 
     gather: Callable[[Tensor, Tensor], Tensor] = strategies.gather_index_select  # x, index -> x[..., index]
@@ -40,10 +42,14 @@ class Ops:
     # gy, xs, scale -> scale·gyᵀxs, (out, r), float32
     grad_columns: Callable[[Tensor, Tensor, float], Tensor] = strategies.grad_columns_thin_first
     write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
+    # Columns that form at most so many runs of neighbours are gathered by slices instead; None: however many they are.
+    runs_to_slice: int | None = 0
+    # Called before and after the columns of a step are written, so that they are a graph of their own.
+    end_graph: Callable[[], None] = strategies.run_at_once
 
 
 # What a user may name for each kind, and the fields of `Ops` that it sets.
-Choices = Mapping[str, Mapping[str, Mapping[str, Callable[..., Any]]]]
+Choices = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 PLAIN_TORCH: Choices = MappingProxyType(
     {
@@ -71,9 +77,8 @@ class Capabilities:
     dtypes: frozenset[torch.dtype]  # dtypes its GEMMs really compute in
     graph_modes: tuple[GraphMode, ...]  # the default first
     quantised: frozenset[str] = frozenset()  # formats of a frozen weight, e.g. "nf4"
-    steps_per_check: int = (
-        1  # optimizer steps from one staleness spot check to the next; each reads a value back to the host
-    )
+    # Optimizer steps from one staleness spot check to the next; each reads a value back to the host. 0: never.
+    steps_per_check: int = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,14 @@ class Backend(ABC):
     def autocast_dtype(self) -> torch.dtype:
         """The low-precision dtype for mixed-precision training."""
         return torch.bfloat16
+
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The optimizer that suits the device, for loops written by hand; takes the arguments of AdamW."""
+        return torch.optim.AdamW
+
+    def training_arguments(self) -> dict[str, Any]:
+        """TrainingArguments that the device wants unless a recipe says otherwise."""
+        return {}
 
     def trainer(self) -> tuple[type[Any], type[Any]]:
         """The Trainer and TrainingArguments classes of this device."""

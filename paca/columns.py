@@ -39,6 +39,19 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def runs_of(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return sorted numbers as runs of neighbours, (first, last + 1) each.
+
+    >>> runs_of([2, 3, 4, 9])
+    ((2, 5), (9, 10))
+    """
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        first = runs.pop()[0] if runs and runs[-1][1] == number else number
+        runs.append((first, number + 1))
+    return tuple(runs)
+
+
 class Columns:
     """The columns of one weight that a set of adapters trains, and the pretrained values there.
 
@@ -46,6 +59,7 @@ class Columns:
         index: (u,) int64, the sorted union of their columns.
         base: (out, u) in the weight's dtype.
         key: equal for equal `index`, cheap to compare.
+        runs: the same columns as runs of neighbours, (first, last + 1) each, on the host.
 
     Args:
         adapters: at least one.
@@ -60,7 +74,8 @@ class Columns:
             self.index = indices[0].clone() if one else torch.cat(indices).unique()
             self.base = pretrained(self.index)
             self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
-        self.key = self.index.cpu().numpy().tobytes()
+        numbers = self.index.cpu()
+        self.key, self.runs = numbers.numpy().tobytes(), runs_of(numbers.tolist())
 
     def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
         """Whether this plan still serves: the same columns of the same adapters on the same device."""

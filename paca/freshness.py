@@ -110,7 +110,9 @@ def write(layers: Iterable[PacaLayer]) -> None:
         if planned is not None:
             by_ops.setdefault(layer.adapted.ops, []).append((layer, planned))
     for ops, group in by_ops.items():
+        ops.end_graph()
         ops.write_columns([planned for _, planned in group])
+        ops.end_graph()
         for layer, _ in group:
             layer.mark_written()
 
@@ -136,7 +138,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())
     ]
     for layer in layers:
-        if step % layer.steps_per_check == 0:
+        if layer.steps_per_check and step % layer.steps_per_check == 0:
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
 
 

@@ -20,7 +20,7 @@ from paca.errors import BaseMismatchError
 from paca.fingerprint import fingerprint, mismatch
 from paca.linear import PacaLinear, backwards, columns_in
 from paca.select import checked_columns
-from paca.strategies import ColumnWrite, adapted_columns
+from paca.strategies import ColumnWrite, adapted_columns, gather_slices
 
 # What an activation remembers: when it was gathered from, and its channels by column set and dtype.
 _Gathered = tuple[object, dict[tuple[bytes, torch.dtype], Tensor]]
@@ -191,9 +191,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             cast_x: the same in the dtype of the GEMM.
             columns: whose index to gather.
         """
-        gather, dtype = self.adapted.ops.gather, cast_x.dtype
+        dtype = cast_x.dtype
         if torch.compiler.is_compiling() or type(x) is not Tensor:
-            return gather(cast_x.detach(), columns.index)
+            return self._gather(cast_x.detach(), columns)
         now = (x._version, x.data_ptr(), backwards())
         then, slices = cast(_Gathered, getattr(x, "_paca_gathered", (None, {})))
         if then != now:
@@ -201,8 +201,14 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             x._paca_gathered = (now, slices)  # type: ignore[attr-defined]
         key = (columns.key, dtype)
         if key not in slices:
-            slices[key] = gather(cast_x.detach(), columns.index)
+            slices[key] = self._gather(cast_x.detach(), columns)
         return slices[key]
+
+    def _gather(self, x: Tensor, columns: Columns) -> Tensor:
+        ops = self.adapted.ops
+        if ops.runs_to_slice is None or len(columns.runs) <= ops.runs_to_slice:
+            return gather_slices(x, columns.runs)
+        return ops.gather(x, columns.index)
 
     # ------------------------------------------------------------------ what the weight holds
 

@@ -15,7 +15,12 @@ from paca.errors import BackendUnavailableError
 GROUP = "paca.backends"
 # Our own backends are listed here as well as in the entry points, so that a bare checkout works without being
 # installed.
-BUILT_IN = {"cpu": "paca_cpu:CPUBackend", "cuda": "paca_cuda:CUDABackend"}
+BUILT_IN = {
+    "cpu": "paca_cpu:CPUBackend",
+    "cuda": "paca_cuda:CUDABackend",
+    "hpu": "paca_hpu:HPUBackend",
+    "hpu-rehearsal": "paca_hpu:RehearsalBackend",
+}
 
 _current: Backend | None = None
 

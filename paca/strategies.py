@@ -24,6 +24,16 @@ def gather_index_select(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(-1, index)
 
 
+def gather_slices(x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Pick channels by slices, one for each run of neighbours; a copy, so that `x` itself is not kept.
+
+    Args:
+        x: (…, in).
+        runs: first and last + 1 of each run, known on the host.
+    """
+    return torch.cat([x[..., first:end] for first, end in runs], dim=-1)
+
+
 def gather_one_hot(x: Tensor, index: Tensor) -> Tensor:
     """Pick channels by a product with a 0/1 matrix: the gather of devices that are good at GEMMs only.
 
@@ -115,3 +125,7 @@ def write_index_put(writes: Sequence[ColumnWrite]) -> None:
     """Write columns with `index_put_`, one call a weight."""
     for write in writes:
         write.weight.t().index_put_((write.index,), write.values().t())
+
+
+def run_at_once() -> None:
+    """There is no graph to end: the device runs each operation when it is given."""

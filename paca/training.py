@@ -339,9 +339,7 @@ def training_arguments(recipe: Recipe, data: Data, evaluate_only: bool = False) 
 
     chosen = dict(recipe.training)
     known = training_arguments_class().__dataclass_fields__
-    if get_backend().device().type == "cpu":
-        chosen.setdefault("use_cpu", True)
-        chosen.setdefault("dataloader_pin_memory", False)
+    chosen = {key: value for key, value in get_backend().training_arguments().items() if key in known} | chosen
     if data.held_out:
         chosen.setdefault("eval_strategy", "epoch")
     elif str(chosen.get("eval_strategy", "no")) != "no":

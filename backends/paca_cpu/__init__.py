@@ -6,7 +6,7 @@ import platform
 import re
 import resource
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -43,6 +43,10 @@ class CPUBackend(Backend):
         """Processor, cores and the vector instructions torch uses."""
         processor = platform.processor() or platform.machine()
         return f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Stay on the CPU where there is another device, too."""
+        return {"use_cpu": True, "dataloader_pin_memory": False}
 
     def memory(self) -> Memory:
         """The process's resident set, its high-water mark, and the machine's memory."""

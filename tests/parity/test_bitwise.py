@@ -23,9 +23,16 @@ SIGNIFICAND = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bf
 
 
 def combinations(backend: type[Backend]):
+    """The reference's every combination; of the others each strategy once, beside the defaults of other kinds."""
     kinds = {kind: list(names) for kind, names in backend.choices.items()}
-    for chosen in itertools.product(*kinds.values()):
-        yield dict(zip(kinds, chosen, strict=True))
+    if backend.name == "cpu":
+        for chosen in itertools.product(*kinds.values()):
+            yield dict(zip(kinds, chosen, strict=True))
+        return
+    defaults = {kind: name for kind, name in backend().strategies.items() if kind in kinds}
+    yield defaults
+    for kind, names in kinds.items():
+        yield from ({**defaults, kind: name} for name in names if name != defaults[kind])
 
 
 def available():

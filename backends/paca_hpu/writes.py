@@ -1,0 +1,19 @@
+"""A further way to write columns, because the vendor skips its own tests of `index_copy_`.
+
+All ways write in place, at a fixed address (an HPU graph holds it), with shapes that are always the same. They run
+after the optimizer's step, outside compiled code: a compiled HPU graph may drop a write to a tensor that it shares
+(vllm-gaudi, models/qwen3_5.py). The axis is 1 and never -1, which the bridge hands to its kernel unwrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paca.strategies import ColumnWrite
+
+
+def write_scatter(writes: Sequence[ColumnWrite]) -> None:
+    """Write columns with `scatter_`, one call a weight."""
+    for write in writes:
+        values = write.values()
+        write.weight.scatter_(1, write.index.unsqueeze(0).expand_as(values), values)

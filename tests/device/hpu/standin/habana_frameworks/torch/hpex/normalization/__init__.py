@@ -1,0 +1,1 @@
+from .FusedClipNorm import FusedClipNorm

@@ -1,0 +1,1 @@
+from .FusedAdamW import FusedAdamW
