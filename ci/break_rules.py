@@ -205,6 +205,13 @@ BREAKS = [
         "pass",
         f"{BANK}::test_the_pretrained_bits_come_back_after_a_thousand_random_swaps",
     ),
+    Break(
+        "mixed batches: every row uses the last adapter",
+        "paca/layer.py",
+        "for row, other in enumerate(each) if other == name",
+        "for row, other in enumerate(each)",
+        "tests/service/test_mixed_batches.py::test_each_row_gets_what_its_adapter_gives_it_alone",
+    ),
 ]
 
 

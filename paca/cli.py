@@ -47,6 +47,13 @@ _EXPORT_EXAMPLES = """\
 examples:
   paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT and LoRA servers; nothing is lost
 """
+_ADAPTERS_EXAMPLES = """\
+examples:
+  paca adapters runs/quickstart                       what it changes, by kind of module
+  paca adapters runs/quickstart --layers              and by layer
+  paca adapters law poems --plot both.png             two adapters: also which columns they share
+  paca adapters law poems --json both.json            everything, with the column numbers
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +155,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=["lora"], required=True, help="the kind to write")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
 
+    adapters = command(
+        "adapters", _adapters, "print what adapters change, and where they meet", epilog=_ADAPTERS_EXAMPLES
+    )
+    adapters.add_argument("folders", type=Path, nargs="+", metavar="ADAPTER", help="saved PaCA adapters")
+    adapters.add_argument("--layers", action="store_true", help="a line for every layer")
+    adapters.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the size of the updates by block and module"
+    )
+    adapters.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+
     command("bench", None, "compare speed and memory with LoRA and full fine-tuning", add_help=False)
     command("env", _env, "print versions, backends and devices for a bug report")
     return parser
@@ -243,6 +260,24 @@ def _export(options: argparse.Namespace, words: list[str]) -> None:
     print(f"exported to {export_lora(options.adapter, options.out)}; PEFT loads it as LoRA, without paca")
 
 
+def _adapters(options: argparse.Namespace, words: list[str]) -> None:
+    import json
+
+    from paca.errors import AdapterError
+    from paca.inspecting import as_data, draw, read_all, summary
+    from paca.training import write_text
+
+    if options.plot is not None and options.plot.suffix != ".png":
+        raise AdapterError(f"--plot must end in .png, found {options.plot}")
+    adapters = read_all(options.folders)
+    print("\n".join(summary(adapters, options.layers)))
+    if options.json:
+        write_text(options.json, json.dumps(as_data(adapters), indent=1))
+    if options.plot:
+        draw(adapters, options.plot)
+        print(f"plot: {options.plot}")
+
+
 def _env(options: argparse.Namespace, words: list[str]) -> None:
     from paca.report import report
 
@@ -270,10 +305,10 @@ def _first_word(words: list[str]) -> Path | None:
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that the user needs."""
     from paca.checkpoint import CheckpointError
-    from paca.errors import BackendUnavailableError, BaseMismatchError
+    from paca.errors import AdapterError, BackendUnavailableError, BaseMismatchError
 
     known: list[type[Exception]] = [CheckpointError, BackendUnavailableError, BaseMismatchError, ModuleNotFoundError]
-    known += [FileExistsError, FileNotFoundError]
+    known += [FileExistsError, FileNotFoundError, AdapterError]
     try:
         from paca.recipe import RecipeError
         from paca.rows import DataError

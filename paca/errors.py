@@ -13,3 +13,7 @@ class StaleColumnsError(RuntimeError):
 
 class BaseMismatchError(ValueError):
     """An adapter was made for another base model than the one it is loaded into."""
+
+
+class AdapterError(ValueError):
+    """A saved adapter cannot be used as asked; the message says why and what can be done."""

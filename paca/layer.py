@@ -22,6 +22,8 @@ from paca.linear import PacaLinear, backwards, columns_in
 from paca.select import checked_columns
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices
 
+BASE = "__base__"  # PEFT's name for "no adapter" in a list of adapter names
+
 # What an activation remembers: when it was gathered from, and its channels by column set and dtype.
 _Gathered = tuple[object, dict[tuple[bytes, torch.dtype], Tensor]]
 
@@ -58,6 +60,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.paca_delta = nn.ParameterDict()
         self.paca_indices = BufferDict({}, persistent=True)
         self.merged_adapters: list[str] = []
+        # In a mixed batch: the adapter of each row, and of each row that beam search makes of it.
+        self.row_adapters: tuple[Sequence[str], Sequence[str]] | None = None
         self._disable_adapters = False
         freshness.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -140,6 +144,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x`, (…, in); returns (…, out)."""
+        if self.row_adapters is not None:
+            return self._forward_rows(x, *self.row_adapters)
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.held_adapters()
@@ -179,6 +185,34 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             adapted.held if resident and not torch.compiler.is_compiling() else None,
             adapted.ops,
         )
+        return y
+
+    @torch.no_grad()
+    def _forward_rows(self, x: Tensor, names: Sequence[str], rows: Sequence[str]) -> Tensor:
+        """Apply the layer to each row of `x`, (batch, …, in), with its own adapter; the weight holds pretrained values.
+
+        Raises:
+            ValueError: if the rows are not those of the batch.
+        """
+        each = rows if len(x) == len(rows) else names  # an encoder sees a batch before beam search widens it
+        if len(x) != len(each):
+            raise ValueError(
+                f"{self.name}: Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(each)} and {len(x)} respectively."
+            )
+        y: Tensor | None = None
+        for name in dict.fromkeys(each):
+            own = torch.tensor([row for row, other in enumerate(each) if other == name], device=x.device)
+            if name in self.paca_delta and not self.disable_adapters:
+                index, delta = self.paca_indices[name], self.paca_delta[name]
+                base = self.adapted.pretrained_columns(index)
+                with columns_in(self.adapted.matrix, index, base, delta, self.scaling[name], self.adapted.ops):
+                    part = self.base_layer(x[own])
+            else:
+                part = self.base_layer(x[own])
+            y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
+            y[own] = part
+        assert y is not None
         return y
 
     def _gathered(self, x: Tensor, cast_x: Tensor, columns: Columns) -> Tensor:

@@ -29,6 +29,7 @@ from paca.columns import why_not_resident
 from paca.config import PacaConfig, settings
 from paca.fingerprint import fingerprint
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
+from paca.mixing import mixed_batch
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 
@@ -246,13 +247,14 @@ class PacaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse what PEFT would otherwise drop in silence: `adapter_names`, one for each row of a batch."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "PaCA keeps one set of columns in the weight, so one batch cannot mix adapters: run one batch per "
-                "adapter with set_adapter, or export the adapters with paca.convert_to_lora and mix those"
-            )
-        yield
+        """Give each row of a batch its own adapter, if `adapter_names` says so; see `paca.mixing`."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams")
+        with mixed_batch(self, names, beams if isinstance(beams, int) else 1):
+            yield
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paca.config import PEFT_TYPE, PacaConfig, settings
+from paca.errors import AdapterError
 from paca.fingerprint import in_features_of
 
 PREFIX = "base_model.model."
@@ -62,11 +63,11 @@ class SavedAdapter:
         """Refuse an adapter that trains more than columns.
 
         Raises:
-            ValueError: naming what else it trains.
+            AdapterError: naming what else it trains.
         """
         if self.others:
             modules = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in self.others})
-            raise ValueError(
+            raise AdapterError(
                 f"{who} takes trained columns only, and this adapter also trains {', '.join(modules)} "
                 "(modules_to_save or bias); merge it into the model instead (paca merge)"
             )
@@ -77,7 +78,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: if it is not a saved adapter.
-        ValueError: if it holds another kind of adapter, or is damaged; the message names the layer.
+        AdapterError: if it holds another kind of adapter, or is damaged; the message names the layer.
     """
     source = Path(folder)
     weights = source / SAFETENSORS_WEIGHTS_NAME
@@ -85,11 +86,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         raise FileNotFoundError(f"{source} is not a saved adapter: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
     config = PeftConfig.from_pretrained(str(source))
     if config.peft_type != PEFT_TYPE:
-        raise ValueError(f"{source} holds a {config.peft_type} adapter, not PaCA")
+        raise AdapterError(f"{source} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not PaCA")
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is truncated or damaged: {error}") from error
+        raise AdapterError(f"{weights} is truncated or damaged: {error}") from error
     return from_tensors(config, tensors)
 
 
@@ -97,7 +98,7 @@ def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
     """Sort the tensors of an adapter, named as PEFT saves them, by layer.
 
     Raises:
-        ValueError: if they do not belong together; the message names the layer.
+        AdapterError: if they do not belong together; the message names the layer.
     """
     ours = settings(config)
     layers: dict[str, SavedLayer] = {}
@@ -111,20 +112,20 @@ def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
             continue
         name = module.removeprefix(PREFIX)
         if f"{module}{INDICES}" not in tensors:
-            raise ValueError(f"the adapter has no column numbers for {name}: {module}{INDICES} is missing")
+            raise AdapterError(f"the adapter has no column numbers for {name}: {module}{INDICES} is missing")
         index = tensors[f"{module}{INDICES}"].detach().cpu().long()
         delta = tensor.detach().cpu()
         if delta.dim() != 2 or index.shape != delta.shape[1:]:
-            raise ValueError(f"{name}: {tuple(index.shape)} column numbers do not fit deltas of {tuple(delta.shape)}")
+            raise AdapterError(f"{name}: {tuple(index.shape)} column numbers do not fit deltas of {tuple(delta.shape)}")
         if len(index.unique()) != len(index) or (index < 0).any():
-            raise ValueError(f"{name}: column numbers must differ and not be negative, found {index.tolist()}")
+            raise AdapterError(f"{name}: column numbers must differ and not be negative, found {index.tolist()}")
         order = index.argsort()
         if not torch.equal(order, torch.arange(len(order))):
             index, delta = index[order], delta[:, order].contiguous()
         alpha = ours.alpha_pattern.get(get_pattern_key(list(ours.alpha_pattern), name), ours.paca_alpha)
         layers[name] = SavedLayer(index, delta, alpha / len(index))
     if not layers:
-        raise ValueError("the adapter has no PaCA columns")
+        raise AdapterError("the adapter has no PaCA columns")
     return SavedAdapter(ours, layers, others)
 
 

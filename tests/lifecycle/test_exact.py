@@ -452,14 +452,6 @@ def test_a_tied_head_cannot_be_resident():
         tiny.adapted(base, target_modules=["lm_head"], residency="resident")
 
 
-def test_one_batch_cannot_mix_adapters():
-    model = two_adapters()
-    names = ["default", "other", "__base__"]
-    for run in (model, model.generate):
-        with pytest.raises(ValueError, match=r"one batch cannot mix adapters.*paca.convert_to_lora"):
-            run(input_ids=tiny.tokens(), adapter_names=names)
-
-
 def test_a_layer_says_what_it_is():
     model = two_adapters()
     assert "in_features=32, out_features=32, r={'default': 12, 'other': 12}, residency=resident" in str(model)
