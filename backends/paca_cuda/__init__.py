@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -11,7 +12,16 @@ import torch
 from packaging.version import Version
 
 from paca.backend import PLAIN_TORCH, Backend, Capabilities, Choices, GraphMode, Memory, Ops
-from paca_cuda.strategies import grad_columns_cublas
+from paca.errors import BackendUnavailableError
+from paca.strategies import write_index_copy
+from paca_cuda.ops import why_no_triton
+from paca_cuda.strategies import (
+    gather_triton,
+    grad_columns_cublas,
+    grad_columns_triton,
+    grad_columns_tuned,
+    write_multi_tensor,
+)
 
 OLDEST_TORCH = "2.10"
 
@@ -25,18 +35,42 @@ _LOW_PRECISION: Mapping[int, frozenset[torch.dtype]] = {
 }
 
 
+# Strategies that cannot do without Triton.
+_NEED_TRITON = {("gather", "triton"), ("grad_columns", "triton"), ("write", "multi_tensor")}
+
+
 class CUDABackend(Backend):
-    """NVIDIA GPUs; layers keep the strategies, tensors say which device they are on."""
+    """NVIDIA GPUs; layers keep the strategies, tensors say which device they are on.
+
+    Raises:
+        BackendUnavailableError: if a strategy is asked for that needs Triton, and there is none.
+    """
 
     name: ClassVar[str] = "cuda"
     priority: ClassVar[int] = 10
     choices: ClassVar[Choices] = MappingProxyType(
         {
             **PLAIN_TORCH,
-            "grad_columns": {"cublas": {"grad_columns": grad_columns_cublas}, **PLAIN_TORCH["grad_columns"]},
+            "gather": {**PLAIN_TORCH["gather"], "triton": {"gather": gather_triton}},
+            "grad_columns": {
+                "tuned": {"grad_columns": grad_columns_tuned},
+                "triton": {"grad_columns": grad_columns_triton},
+                "cublas": {"grad_columns": grad_columns_cublas},
+                **PLAIN_TORCH["grad_columns"],
+            },
+            "write": {"multi_tensor": {"write_columns": write_multi_tensor}, **PLAIN_TORCH["write"]},
         }
     )
-    default_ops: ClassVar[Ops] = Ops(grad_columns=grad_columns_cublas)
+    default_ops: ClassVar[Ops] = Ops(grad_columns=grad_columns_tuned, write_columns=write_multi_tensor)
+
+    def __init__(self, **strategies: str) -> None:
+        super().__init__(**strategies)
+        if (why := why_no_triton()) is None:
+            return
+        if wanted := [f"{kind}={name!r}" for kind, name in strategies.items() if (kind, name) in _NEED_TRITON]:
+            raise BackendUnavailableError(f"{wanted[0]} cannot be used: {why}")
+        if "write" not in strategies:
+            self.ops = replace(self.ops, write_columns=write_index_copy)
 
     @classmethod
     def why_unavailable(cls) -> str | None:

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from paca.strategies import ColumnWrite, write_index_copy
+from paca_cuda.ops import mm_float32
+
+
+def gather_triton(x: Tensor, index: Tensor) -> Tensor:
+    """Pick channels by one Triton kernel."""
+    return torch.ops.paca.gather(x, index)  # type: ignore[no-any-return]
+
 
 def grad_columns_cublas(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
-    """Return s·dYᵀ Xs from one GEMM that reads its low-precision inputs as they are and sums and writes float32."""
-    gy, xs = as_tokens(gy), as_tokens(xs)
-    if gy.is_cuda and gy.dtype in (torch.bfloat16, torch.float16):
-        total = torch.mm(gy.t(), xs.to(gy.dtype), out_dtype=torch.float32)
-    else:
-        wide = torch.promote_types(gy.dtype, torch.float32)
-        total = torch.mm(gy.t().to(wide), xs.to(wide))
-    return total if scale == 1.0 else total.mul_(scale)
+    """Return s·dYᵀ Xs from one GEMM of cuBLAS; another launch multiplies by a scale that is not 1."""
+    return mm_float32(_tokens(gy), _tokens(xs), scale)
 
 
-def as_tokens(x: Tensor) -> Tensor:
+def grad_columns_triton(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
+    """Return s·dYᵀ Xs from the Triton kernel, its tiling tuned to the shape; float64 and r > 256 go to cuBLAS."""
+    return torch.ops.paca.grad_columns(_tokens(gy), _tokens(xs), scale, True)  # type: ignore[no-any-return]
+
+
+def grad_columns_tuned(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
+    """Return s·dYᵀ Xs from the fastest of cuBLAS and the Triton kernel's tilings, measured once a shape and device."""
+    return torch.ops.paca.grad_columns(_tokens(gy), _tokens(xs), scale, False)  # type: ignore[no-any-return]
+
+
+def write_multi_tensor(writes: Sequence[ColumnWrite]) -> None:
+    """Write the columns of all weights in one launch; a single weight needs none of this."""
+    if len(writes) == 1:
+        write_index_copy(writes)
+        return
+    weights = [write.weight for write in writes]
+    torch.ops.paca.write_columns(
+        weights,
+        [write.index for write in writes],
+        [write.base for write in writes],
+        [write.delta for write in writes],
+        [write.scale for write in writes],
+    )
+    torch.autograd.graph.increment_version(weights)  # as an in-place operation of torch's own would
+
+
+def _tokens(x: Tensor) -> Tensor:
     """Flatten all but the last axis; a vector is one token."""
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])

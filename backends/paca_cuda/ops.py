@@ -1,0 +1,395 @@
+"""The kernels as torch operators `paca::gather`, `paca::grad_columns` and `paca::write_columns`.
+
+As operators they have fake versions and autograd rules, so that torch.compile takes them whole. They run on CUDA, and
+on the CPU where Triton interprets its kernels (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paca_cuda.tuning import Tuner, bucket, names_of, power_of_two
+
+LARGEST_RANK = 256  # of the Triton kernel; its sums stay in registers
+
+
+def why_no_triton() -> str | None:
+    """Say why Triton kernels cannot run, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton, in the version that belongs to this torch"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_library = torch.library.Library("paca", "FRAGMENT")
+_library.define("gather(Tensor x, Tensor index) -> Tensor")
+_library.define("grad_columns(Tensor gy, Tensor xs, float scale, bool only_triton) -> Tensor")
+_library.define(
+    "write_columns(Tensor(a!)[] weights, Tensor[] indices, Tensor[] bases, Tensor[] deltas, float[] scales) -> ()"
+)
+
+
+def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator for CUDA tensors, and for CPU ones where Triton interprets."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any) -> Any:
+            if not interpreted():
+                raise RuntimeError(
+                    f"paca::{name} runs on CUDA tensors, found CPU ones; on the CPU it only runs interpreted: set "
+                    "TRITON_INTERPRET=1 before Triton is imported, or choose another strategy"
+                )
+            return function(*args)
+
+        _library.impl(name, function, "CUDA")
+        _library.impl(name, checked, "CPU")
+        return function
+
+    return register
+
+
+@contextmanager
+def _on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+# ---------------------------------------------------------------- gather
+
+
+@_implement("gather")
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    from paca_cuda import kernels
+
+    out = x.new_empty(*x.shape[:-1], len(index))
+    if not out.numel():
+        return out
+    rows = x.reshape(-1, x.shape[-1])
+    tokens, r = len(rows), len(index)
+    channels = min(64, power_of_two(r))
+    block = max(1, 1024 // channels)
+    grid = (-(-tokens // block), -(-r // channels))
+    with _on_device_of(x):
+        kernels.gather_kernel[grid](
+            rows, index, out, tokens, r, *rows.stride(), BLOCK_TOKENS=block, BLOCK_CHANNELS=channels
+        )
+    return out
+
+
+def _gather_fake(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], index.shape[0])
+
+
+torch.library.register_fake("paca::gather", _gather_fake)
+
+
+def _gather_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.index, ctx.shape = inputs[1], inputs[0].shape
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """Add each picked channel's gradient to where it came from."""
+    return grad.new_zeros(ctx.shape).index_add(-1, ctx.index, grad), None
+
+
+torch.library.register_autograd("paca::gather", _gather_backward, setup_context=_gather_context)
+
+
+# ---------------------------------------------------------------- grad_columns
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel of `grad_columns` cuts its work.
+
+    Attributes:
+        out: outputs of a program.
+        tokens: tokens it reads at a time.
+        programs: how many to aim at; the tokens are split until there are as many.
+        warps: of a program.
+        stages: blocks of tokens on their way from memory.
+    """
+
+    out: int
+    tokens: int
+    programs: int
+    warps: int
+    stages: int
+
+    def split(self, tokens: int, n_out: int) -> int:
+        """Return over how many programs the tokens are split: a power of two, with a few blocks left for each."""
+        blocks = -(-n_out // self.out)
+        wanted = max(1, self.programs // blocks)
+        possible = max(1, tokens // (4 * self.tokens))
+        return 1 << (min(wanted, possible, 64).bit_length() - 1)
+
+
+DEFAULT_TILING = Tiling(out=64, tokens=64, programs=512, warps=4, stages=3)
+TILINGS = (
+    DEFAULT_TILING,
+    Tiling(out=64, tokens=64, programs=256, warps=4, stages=4),
+    Tiling(out=64, tokens=128, programs=512, warps=4, stages=3),
+    Tiling(out=128, tokens=64, programs=256, warps=4, stages=4),
+    Tiling(out=128, tokens=64, programs=512, warps=8, stages=3),
+    Tiling(out=128, tokens=32, programs=512, warps=4, stages=5),
+    Tiling(out=64, tokens=32, programs=1024, warps=4, stages=5),
+)
+CUBLAS = "cublas"
+
+
+def mm_float32(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
+    """Return s·gyᵀ xs by one GEMM that reads its low-precision inputs as they are, and sums and writes float32.
+
+    (tokens, out), (tokens, r) -> (out, r); float64 stays float64.
+    """
+    if gy.is_cuda and gy.dtype in (torch.bfloat16, torch.float16):
+        total = torch.mm(gy.t(), xs.to(gy.dtype), out_dtype=torch.float32)
+    else:
+        wide = torch.promote_types(gy.dtype, torch.float32)
+        total = torch.mm(gy.t().to(wide), xs.to(wide))
+    return total if scale == 1.0 else total.mul_(scale)
+
+
+@_implement("grad_columns")
+def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tensor:
+    tokens, n_out, r = len(gy), gy.shape[1], xs.shape[1]
+    if not tokens or not n_out or not r:
+        return gy.new_zeros(n_out, r, dtype=_grad_dtype(gy))
+    if gy.dtype == torch.float64 or r > LARGEST_RANK or why_no_triton():
+        return mm_float32(gy, xs, scale)
+    if xs.dtype != gy.dtype:
+        xs = xs.to(gy.dtype)
+    ways: dict[str, Tiling | None] = names_of(TILINGS) if only_triton else {CUBLAS: None, **names_of(TILINGS)}
+
+    def run(name: str) -> Tensor:
+        tiling = ways[name]
+        return mm_float32(gy, xs, scale) if tiling is None else tiled_grad_columns(gy, xs, scale, tiling)
+
+    with _on_device_of(gy):
+        return run(_chosen_way(gy, xs, ways, run))
+
+
+def _chosen_way(gy: Tensor, xs: Tensor, ways: dict[str, Tiling | None], run: Callable[[str], Any]) -> str:
+    """Return the fastest way for this problem; the default one where nothing can be timed."""
+    if not gy.is_cuda or torch.are_deterministic_algorithms_enabled():  # times differ from run to run
+        return str(DEFAULT_TILING)
+    contiguous = f"{'' if gy.is_contiguous() else ' strided'}"
+    problem = (
+        f"grad_columns {str(gy.dtype).removeprefix('torch.')} tokens≤{bucket(len(gy))} out={gy.shape[1]} "
+        f"r={xs.shape[1]}{contiguous} of {len(ways)}"
+    )
+    tuner = _tuner(gy.device.index)
+    if torch.cuda.is_current_stream_capturing():
+        known = tuner.known(problem)
+        return known if known in ways else str(DEFAULT_TILING)
+    return tuner.choose(problem, {name: lambda name=name: run(name) for name in ways})  # type: ignore[misc]
+
+
+@lru_cache
+def _tuner(device: int) -> Tuner:
+    import triton
+    from triton.testing import do_bench
+
+    found = torch.cuda.get_device_properties(device)
+    versions = f"torch-{torch.__version__}-triton-{triton.__version__}"
+    return Tuner(
+        f"{found.name}-sm{found.major}{found.minor}-{versions}",
+        lambda run: float(do_bench(run, warmup=5, rep=20, return_mode="median")),
+    )
+
+
+def tiled_grad_columns(gy: Tensor, xs: Tensor, scale: float, tiling: Tiling) -> Tensor:
+    """Launch the Triton kernel once; (tokens, out), (tokens, r) -> (out, r) float32."""
+    from paca_cuda import kernels
+
+    tokens, n_out, r = len(gy), gy.shape[1], xs.shape[1]
+    split = tiling.split(tokens, n_out)
+    blocks = -(-n_out // tiling.out)
+    grad = gy.new_empty(n_out, r, dtype=torch.float32)
+    partial = grad if split == 1 else gy.new_empty(split, n_out, r, dtype=torch.float32)
+    exact = gy.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    kernels.grad_columns_kernel[(blocks, split)](
+        gy,
+        xs,
+        grad,
+        partial,
+        grad if split == 1 else _arrived(gy, blocks),
+        scale,
+        tokens,
+        n_out,
+        *gy.stride(),
+        xs.stride(1),
+        r,
+        xs.stride(0),
+        BLOCK_OUT=tiling.out,
+        BLOCK_TOKENS=tiling.tokens,
+        R=max(16, power_of_two(r)),
+        SPLIT=split,
+        PRECISION="ieee" if exact else "tf32",
+        WIDEN=interpreted(),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    return grad
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrived(like: Tensor, blocks: int) -> Tensor:
+    """Return a zero for each block of outputs, int32; the kernel leaves zeros behind.
+
+    Each stream has its own, because kernels of two streams may run at the same time. A graph that is being captured
+    gets fresh ones, which live in its own memory.
+    """
+    if not like.is_cuda:
+        return torch.zeros(blocks, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(blocks, dtype=torch.int32, device=like.device)
+    key = like.device, torch.cuda.current_stream(like.device).cuda_stream
+    if key not in _counters or len(_counters[key]) < blocks:
+        _counters[key] = torch.zeros(max(1024, power_of_two(blocks)), dtype=torch.int32, device=like.device)
+    return _counters[key]
+
+
+def _grad_dtype(gy: Tensor) -> torch.dtype:
+    return torch.promote_types(gy.dtype, torch.float32)
+
+
+def _grad_columns_fake(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tensor:
+    return gy.new_empty(gy.shape[1], xs.shape[1], dtype=_grad_dtype(gy))
+
+
+torch.library.register_fake("paca::grad_columns", _grad_columns_fake)
+
+
+def _grad_columns_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) -> None:
+    gy, xs, ctx.scale, _ = inputs
+    ctx.save_for_backward(gy, xs)
+
+
+def _grad_columns_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """Of G = s·gyᵀ xs: d gy = s·xs dGᵀ, d xs = s·gy dG."""
+    gy, xs = ctx.saved_tensors
+    grad = ctx.scale * grad
+    return (xs.to(grad.dtype) @ grad.t()).to(gy.dtype), (gy.to(grad.dtype) @ grad).to(xs.dtype), None, None
+
+
+torch.library.register_autograd("paca::grad_columns", _grad_columns_backward, setup_context=_grad_columns_context)
+
+
+# ---------------------------------------------------------------- write_columns
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What one launch of the write kernel reads, on the device; it is valid as long as the addresses are."""
+
+    rows: Tensor  # (weights, FIELDS) int64
+    scales: Tensor  # (weights,) float64
+    entries: Tensor  # (programs,) int32
+    firsts: Tensor  # (programs,) int64
+    channels: int  # of a block
+
+
+OUTPUTS_PER_PROGRAM = 64
+_LARGEST_BLOCK = 32  # channels
+_TABLES_KEPT = 16
+_tables: OrderedDict[object, _Table] = OrderedDict()
+
+
+@_implement("write_columns")
+def _write_columns(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    scales: Sequence[float],
+) -> None:
+    """Write `weight[:, index] = base + scale·delta` for all weights, one launch a device and pair of dtypes."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for number, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+        if delta.numel():
+            groups.setdefault((weight.device, weight.dtype, delta.dtype), []).append(number)
+    for members in groups.values():
+        _launch_write([(weights[n], indices[n], bases[n], deltas[n], scales[n]) for n in members])
+
+
+def _launch_write(writes: list[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> None:
+    from paca_cuda import kernels
+
+    weight, _, _, delta, _ = writes[0]
+    table = _table(writes)
+    product = torch.promote_types(delta.dtype, torch.float32)  # torch's own, then rounded to the delta's dtype
+    with _on_device_of(weight):
+        kernels.write_columns_kernel[(len(table.entries),)](
+            table.rows,
+            table.scales,
+            table.entries,
+            table.firsts,
+            WEIGHT=kernels.dtype(weight.dtype),
+            DELTA=kernels.dtype(delta.dtype),
+            PRODUCT=kernels.dtype(product),
+            SUM=kernels.dtype(torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)),
+            BLOCK_OUT=OUTPUTS_PER_PROGRAM,
+            BLOCK_CHANNELS=table.channels,
+            enable_fp_fusion=False,
+        )
+
+
+def _table(writes: list[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> _Table:
+    """Return the table for these writes, built once and found again by addresses, sizes, strides and scales."""
+    rows = [
+        (
+            *(weight.data_ptr(), index.data_ptr(), base.data_ptr(), delta.data_ptr(), *base.shape),
+            *(*weight.stride(), *base.stride(), *delta.stride()),
+        )
+        for weight, index, base, delta, _ in writes
+    ]
+    device = writes[0][0].device
+    key = device, *rows, *(write[-1] for write in writes)
+    if key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    entries: list[int] = []
+    firsts: list[int] = []
+    for number, (_, _, base, _, _) in enumerate(writes):
+        starts = range(0, len(base), OUTPUTS_PER_PROGRAM)
+        entries += [number] * len(starts)
+        firsts += starts
+    made = _Table(
+        rows=torch.tensor(rows, dtype=torch.int64).to(device),
+        scales=torch.tensor([write[-1] for write in writes], dtype=torch.float64).to(device),
+        entries=torch.tensor(entries, dtype=torch.int32).to(device),
+        firsts=torch.tensor(firsts, dtype=torch.int64).to(device),
+        channels=min(_LARGEST_BLOCK, power_of_two(max(base.shape[1] for _, _, base, _, _ in writes))),
+    )
+    _tables[key] = made
+    if len(_tables) > _TABLES_KEPT:
+        _tables.popitem(last=False)
+    return made
+
+
+def _write_columns_fake(*args: Any) -> None:
+    return None
+
+
+torch.library.register_fake("paca::write_columns", _write_columns_fake)

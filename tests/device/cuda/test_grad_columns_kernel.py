@@ -1,0 +1,133 @@
+"""The kernel of s·dYᵀ Xs stays within the rounding bound of float64, for every tiling, and repeats its bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paca_cuda.ops import DEFAULT_TILING, LARGEST_RANK, TILINGS, Tiling, tiled_grad_columns
+from paca_cuda.strategies import grad_columns_cublas, grad_columns_triton, grad_columns_tuned
+
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SMALL = Tiling(out=16, tokens=16, programs=16, warps=4, stages=2)  # so that small problems are split
+HALF_UNIT = 2.0**-24  # of float32, in which sums are formed
+
+
+def assert_within_bound(found, gy, xs, scale):
+    """|found − exact| ≤ γ·|s|·|gyᵀ||xs|, one rounding for each token and two for sum and scale."""
+    gy, xs = gy.double().cpu().flatten(0, -2), xs.double().cpu().flatten(0, -2)
+    exact = scale * gy.t() @ xs
+    unit = HALF_UNIT if found.dtype == torch.float32 else 2.0**-53
+    roundings = 2 * (len(gy) + 3) * unit  # tensor cores may truncate: twice the unit
+    bound = roundings / (1 - roundings) * (abs(scale) * gy.abs().t() @ xs.abs()) + 1e-30
+    excess = ((found.double().cpu() - exact).abs() - bound).max() if found.numel() else torch.tensor(0.0)
+    assert excess <= 0, f"largest excess {excess:.2e}"
+
+
+@QUICK
+@given(
+    tokens=st.integers(1, 150),
+    n_out=st.integers(1, 40),
+    r=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1.0, 0.5, -3.0]),
+    strided=st.booleans(),
+)
+def test_any_shape_is_within_the_bound(device, tokens, n_out, r, dtype, scale, strided):
+    gy = torch.randn(n_out, tokens).t() if strided else torch.randn(tokens, n_out)
+    xs = torch.randn(tokens, r + 3)[:, 1 : r + 1] if strided else torch.randn(tokens, r)
+    gy, xs = gy.to(device, dtype), xs.to(device, dtype)
+    found = tiled_grad_columns(gy, xs, scale, SMALL)
+    assert found.shape == (n_out, r)
+    assert found.is_contiguous()
+    assert found.dtype == torch.float32
+    assert_within_bound(found, gy, xs, scale)
+
+
+@pytest.mark.parametrize("strategy", [grad_columns_triton, grad_columns_tuned, grad_columns_cublas])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 9)])
+def test_every_strategy_takes_any_number_of_axes(device, strategy, dtype, lead):
+    gy, xs = torch.randn(*lead, 10, device=device).to(dtype), torch.randn(*lead, 6, device=device).to(dtype)
+    found = strategy(gy, xs, 2.0)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert_within_bound(found, gy.reshape(-1, 10), xs.reshape(-1, 6), 2.0)
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+def test_every_tiling_is_within_the_bound_and_repeats_its_bits(device, tiling):
+    gy, xs = torch.randn(1100, 70, device=device).bfloat16(), torch.randn(1100, 12, device=device).bfloat16()
+    assert tiling.split(1100, 70) > 1
+    found = tiled_grad_columns(gy, xs, 1.0, tiling)
+    assert_within_bound(found, gy, xs, 1.0)
+    assert all(torch.equal(tiled_grad_columns(gy, xs, 1.0, tiling), found) for _ in range(2))
+
+
+def test_sums_are_in_float32_also_across_parts(device):
+    """4096 equal terms: sums that are rounded to bfloat16 stop growing at 256."""
+    gy, xs = torch.ones(4096, 16, device=device).bfloat16(), torch.ones(4096, 16, device=device).bfloat16()
+    assert DEFAULT_TILING.split(4096, 16) > 1
+    assert torch.equal(grad_columns_triton(gy, xs), torch.full((16, 16), 4096.0, device=device))
+
+
+def test_a_large_rank_goes_to_cublas(device):
+    gy, xs = torch.randn(20, 8, device=device), torch.randn(20, LARGEST_RANK + 1, device=device)
+    assert_within_bound(grad_columns_triton(gy, xs), gy, xs, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+def test_nothing_gives_zeros(device, shape):
+    tokens, n_out, r = shape
+    found = torch.ops.paca.grad_columns(
+        torch.randn(tokens, n_out, device=device), torch.randn(tokens, r, device=device), 1.0, True
+    )
+    assert torch.equal(found, torch.zeros(n_out, r, device=device))
+
+
+def test_offsets_beyond_32_bits_are_right(device):
+    stride = 2**30 + 8  # fits in 32 bits; twice it does not
+    gy = torch.empty(2 * stride + 16, dtype=torch.float16, device=device).as_strided((3, 16), (stride, 1))
+    rows = torch.randn(3, 16).half()
+    for token in range(3):
+        gy[token] = rows[token].to(device)
+    xs = torch.randn(3, 4, device=device).half()
+    assert_within_bound(tiled_grad_columns(gy, xs, 1.0, SMALL), rows, xs, 1.0)
+
+
+@given(tokens=st.integers(1, 2**18), n_out=st.integers(1, 2**17), tiling=st.sampled_from(TILINGS))
+def test_tokens_are_split_into_a_power_of_two_of_parts_that_are_worth_it(tokens, n_out, tiling):
+    split = tiling.split(tokens, n_out)
+    assert split & (split - 1) == 0
+    assert 1 <= split <= 64
+    assert split == 1 or tokens / split >= 4 * tiling.tokens
+    assert split == 1 or split * -(-n_out // tiling.out) <= tiling.programs
+
+
+def test_it_is_a_well_behaved_operator(device):
+    gy = torch.randn(7, 5, device=device, requires_grad=True)
+    xs = torch.randn(7, 3, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.paca.grad_columns, (gy, xs, 2.0, True))
+
+
+def test_its_own_gradients_are_right(device):
+    gy = torch.randn(7, 5, device=device, dtype=torch.float64, requires_grad=True)
+    xs = torch.randn(7, 3, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda gy, xs: torch.ops.paca.grad_columns(gy, xs, 2.0, True), (gy, xs))
+
+
+def test_graph_capture_and_streams_leave_the_counters_at_zero(gpu):
+    """The counters that tell the last program of a block are zero again after each launch, whoever launched."""
+    from paca_cuda import ops
+
+    gy, xs = torch.randn(4096, 512, device=gpu).bfloat16(), torch.randn(4096, 8, device=gpu).bfloat16()
+    expected = tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING)
+    for _ in range(3):
+        graph.replay()
+    assert torch.equal(captured, expected)
+    assert torch.equal(tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING), expected)
+    assert all(not counters.any() for counters in ops._counters.values())
