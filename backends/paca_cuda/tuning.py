@@ -49,7 +49,7 @@ class Tuner:
             RuntimeError: if all of them fail, from the last failure.
         """
         known = self._chosen.get(problem)
-        if known in candidates:
+        if known is not None and known in candidates:
             return known
         times: dict[str, float] = {}
         failure: Exception | None = None
