@@ -42,10 +42,18 @@ examples:
 _MERGE_EXAMPLES = """\
 examples:
   paca merge runs/quickstart --out merged             a plain transformers model, with the adapter in its weights
+  paca merge runs/quickstart --out merged --dtype bfloat16 --max-shard-size 2GB
 """
 _EXPORT_EXAMPLES = """\
 examples:
-  paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT and LoRA servers; nothing is lost
+  paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT; nothing is lost
+  paca export runs/quickstart --to vllm --out lora    with one rank and one scale, as LoRA servers want it
+  paca export runs/quickstart --to llama.cpp --out lora    the same, for convert_lora_to_gguf.py
+"""
+_IMPORT_EXAMPLES = """\
+examples:
+  paca import lora --out adapter                      a LoRA adapter whose A is one-hot; nothing is lost
+  paca import upstream --base gpt2 --out adapter      an adapter of PEFT's own PaCA, with the widths of its layers noted
 """
 _ADAPTERS_EXAMPLES = """\
 examples:
@@ -146,14 +154,26 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = command(
         "merge", _merge, "write the base model with the adapter in its weights", keys=True, epilog=_MERGE_EXAMPLES,
-        usage=f"paca merge ADAPTER --out DIR {keys}",
+        usage=f"paca merge ADAPTER --out DIR [--max-shard-size SIZE] {keys}",
     )  # fmt: skip
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    merge.add_argument(
+        "--max-shard-size", "--max_shard_size", metavar="SIZE", help="size of a weight file, such as 2GB"
+    )
 
     export = command("export", _export, "turn an adapter into another kind, without loss", epilog=_EXPORT_EXAMPLES)
     export.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved PaCA adapter")
-    export.add_argument("--to", choices=["lora"], required=True, help="the kind to write")
+    export.add_argument(
+        "--to", choices=["lora", "vllm", "llama.cpp"], required=True, help="the kind to write, or who shall read it"
+    )
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+    bring = command(
+        "import", _import, "turn an adapter of another tool into PaCA, without loss", epilog=_IMPORT_EXAMPLES
+    )
+    bring.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved LoRA with one-hot A, or PEFT's own PaCA")
+    bring.add_argument("--base", metavar="MODEL", help="its base model, if its config does not name it")
+    bring.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
 
     adapters = command(
         "adapters", _adapters, "print what adapters change, and where they meet", epilog=_ADAPTERS_EXAMPLES
@@ -250,14 +270,36 @@ def _merge(options: argparse.Namespace, words: list[str]) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder; choose a new one")
     model, tokenizer = _adapted(words)
-    merge(model, tokenizer, target)
+    merge(model, tokenizer, target, options.max_shard_size)
     print(f"merged into {target}; transformers loads it without paca")
 
 
 def _export(options: argparse.Namespace, words: list[str]) -> None:
     from paca.convert import export_lora
 
-    print(f"exported to {export_lora(options.adapter, options.out)}; PEFT loads it as LoRA, without paca")
+    out = export_lora(options.adapter, options.out, for_server=options.to != "lora")
+    print(f"exported to {out}; {_serving(options.to, out)}")
+
+
+def _serving(reader: str, out: Path) -> str:
+    """Say what to do with an exported adapter."""
+    import json
+
+    if reader == "lora":
+        return "PEFT loads it as LoRA, without paca"
+    settings = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    base = settings["base_model_name_or_path"] or "BASE"
+    if reader == "llama.cpp":
+        return f"convert it with: python convert_lora_to_gguf.py --base {base} {out}"
+    fits = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= settings["r"]), settings["r"])
+    return f"serve it with: vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules NAME={out}"
+
+
+def _import(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.importing import import_adapter
+
+    kind = import_adapter(options.adapter, options.out, options.base)
+    print(f"imported {kind} to {options.out}; PEFT loads it after `import paca`")
 
 
 def _adapters(options: argparse.Namespace, words: list[str]) -> None:

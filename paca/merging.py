@@ -9,13 +9,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 
-def merge(model: Any, tokenizer: Any, target: Path) -> None:
+def merge(model: Any, tokenizer: Any, target: Path, max_shard_size: str | None = None) -> None:
     """Merge the active adapter and save model and tokenizer; the folder appears when it is whole.
 
     Args:
         model: a PEFT model; it is taken apart.
         tokenizer: saved with it.
         target: a folder that is empty or does not exist.
+        max_shard_size: size of a file, such as "2GB"; transformers' own choice by default.
 
     Raises:
         ValueError: if a merged weight is not finite.
@@ -24,7 +25,7 @@ def merge(model: Any, tokenizer: Any, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        merged.save_pretrained(unfinished)
+        merged.save_pretrained(unfinished, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
         tokenizer.save_pretrained(unfinished)
         unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
         os.replace(unfinished, target)

@@ -86,8 +86,12 @@ def max_positions(config: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def adapter_settings(adapter: Path) -> dict[str, Any]:
+def adapter_settings(adapter: Path, named_base: bool = True) -> dict[str, Any]:
     """The settings saved with an adapter.
+
+    Args:
+        adapter: its folder.
+        named_base: whether they must name the base model.
 
     Raises:
         RecipeError: if the folder holds none, or they cannot be read.
@@ -99,7 +103,7 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
         raise RecipeError(f"{adapter} is not a saved adapter: {file.name}: {error.strerror or error}") from error
     except ValueError as error:
         raise RecipeError(f"{file} is truncated or damaged: {error}") from error
-    if not isinstance(settings, dict) or not settings.get("base_model_name_or_path"):
+    if not isinstance(settings, dict) or (named_base and not settings.get("base_model_name_or_path")):
         raise RecipeError(f"{file} does not name its base model")
     return settings
 

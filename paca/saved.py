@@ -166,4 +166,4 @@ def refuse_full(target: Path) -> None:
         FileExistsError: naming the folder.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty folder; choose a new one")
+        raise FileExistsError(f"{target} is not empty; choose a new folder")
