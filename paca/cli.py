@@ -64,6 +64,22 @@ examples:
 """
 
 
+_ESTIMATE = """\
+Predict the memory of a training step with LoRA, QLoRA, PaCA and QPaCA, and what fits on a device.
+
+MODEL is a folder, a config.json, a name on the hub (only its configuration is fetched), or one of
+llama-2-7b, llama-2-13b, llama-3-8b, llama-3.1-8b, llama-3.1-70b. A recipe serves, too. Keys of a recipe win: --r,
+--max_length, --per_device_train_batch_size (1 unless a recipe is given), --gradient_checkpointing, --dtype, ...
+Nothing is loaded or allocated: a step is run on shapes alone.
+"""
+_ESTIMATE_EXAMPLES = """\
+examples:
+  paca estimate llama-3.1-70b --r 64 --max_length 2048 --gpu 80GB,141GB
+  paca estimate models/mine/config.json --dtype bfloat16 --per_device_train_batch_size 4 --gradient_checkpointing
+  paca estimate my.yaml --gpu 24GB --methods paca,qpaca --json estimate.json
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -185,6 +201,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapters.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
 
+    predict = command(
+        "estimate", _estimate, "predict memory, and what fits on a device", keys=True, description=_ESTIMATE,
+        epilog=_ESTIMATE_EXAMPLES,
+        usage=f"paca estimate MODEL|RECIPE.yaml [--gpu SIZE,...] [--methods NAME,...] [--json FILE] {keys}",
+    )  # fmt: skip
+    predict.add_argument("--gpu", default="", metavar="SIZE,...", help="say what fits on devices, e.g. 24GB,80GB")
+    predict.add_argument(
+        "--methods", metavar="NAME,...", help="of lora, lora-nocast, paca, qlora, qlora-nocast, qpaca; default all"
+    )
+    predict.add_argument("--json", type=Path, metavar="FILE", help="also write the raw result there")
+
     command("bench", None, "compare speed and memory with LoRA and full fine-tuning", add_help=False)
     command("env", _env, "print versions, backends and devices for a bug report")
     return parser
@@ -203,7 +230,7 @@ def _train(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def _dry_run(recipe: Recipe) -> None:
-    from paca.estimate import estimate
+    from paca.estimate.prediction import estimate
     from paca.pretrained import load_config, load_tokenizer
     from paca.recipe import RecipeError
     from paca.registry import get_backend
@@ -272,6 +299,12 @@ def _merge(options: argparse.Namespace, words: list[str]) -> None:
     model, tokenizer = _adapted(words)
     merge(model, tokenizer, target, options.max_shard_size)
     print(f"merged into {target}; transformers loads it without paca")
+
+
+def _estimate(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.estimate.command import run
+
+    run(options, words)
 
 
 def _export(options: argparse.Namespace, words: list[str]) -> None:

@@ -34,6 +34,7 @@ class RunOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
     attn_implementation: str | None = None
     backend: str | None = None
     strategies: dict[str, str] | None = None
