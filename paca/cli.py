@@ -361,6 +361,7 @@ def _env(options: argparse.Namespace, words: list[str]) -> None:
 
 def _adapted(words: list[str], with_adapter: bool = True) -> tuple[Any, Any]:
     """The model of the adapter that the first word names, on its device, and its tokenizer."""
+    from paca.pretrained import to_device
     from paca.recipe import RecipeError, read_words
     from paca.registry import get_backend
     from paca.training import adapter_model, of_adapter
@@ -369,7 +370,7 @@ def _adapted(words: list[str], with_adapter: bool = True) -> tuple[Any, Any]:
     if adapter is None or not adapter.is_dir():
         raise RecipeError(f"{adapter or 'nothing'} is not a folder with an adapter")
     model, tokenizer = adapter_model(of_adapter(adapter, read_words(words)), adapter if with_adapter else None)
-    return model.to(get_backend().device()).eval(), tokenizer
+    return to_device(model, get_backend().device()).eval(), tokenizer
 
 
 def _first_word(words: list[str]) -> Path | None:

@@ -63,7 +63,7 @@ def load_tokenizer(run: RunOptions) -> Any:
 
 
 def load_model(run: RunOptions, config: Any) -> Any:
-    """The base model for the recipe's task, on the CPU, in the recipe's dtype."""
+    """The base model for the recipe's task, in the recipe's dtype: on the CPU, or on the device if it is quantised."""
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -72,7 +72,16 @@ def load_model(run: RunOptions, config: Any) -> Any:
     options: dict[str, Any] = {"config": config, dtype_argument(): run.dtype}
     if run.attn_implementation:
         options["attn_implementation"] = run.attn_implementation
+    if run.quantization != "none":
+        from paca.quantising import loading_options
+
+        options |= loading_options(run, config)
     return _load("model_name_or_path", run, lambda source, **known: auto.from_pretrained(source, **known, **options))
+
+
+def to_device(model: Any, device: Any) -> Any:
+    """Move a model, unless it is quantised: it was loaded where it is used, and libraries corrupt or refuse moves."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def max_positions(config: Any, tokenizer: Any) -> int | None:

@@ -24,6 +24,7 @@ from paca.pretrained import (
     load_model,
     load_tokenizer,
     max_positions,
+    to_device,
 )
 from paca.progress import use_readable_log
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
@@ -239,7 +240,7 @@ def _check_same_run(recipe: Recipe, say: Say) -> None:
     now = recipe.flat()
     ways = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"}
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key) and key not in ways)
-    fixed = {*PacaConfig.__dataclass_fields__, "model_name_or_path", "task", "classes"}
+    fixed = {*PacaConfig.__dataclass_fields__, "model_name_or_path", "quantization", "task", "classes"}
     lines = [f"{key}: was {was.get(key)!r}, is {now.get(key)!r}" for key in changed]
     if fixed & set(changed):
         raise RecipeError(
@@ -388,7 +389,7 @@ def adapted_model(recipe: Recipe, config: Any, data: Data, tokenizer: Any, lengt
     try:
         if settings.selection in MEASURED and not settings.columns:
             say(f"calibrating     selection={settings.selection} on {recipe.run.calibration_samples} sequences")
-            model = model.to(backend.device())
+            model = to_device(model, backend.device())
             settings = calibrate(
                 model, settings, _calibration_batches(recipe, data, tokenizer, length, backend.device())
             )

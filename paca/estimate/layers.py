@@ -162,7 +162,7 @@ class _OverlaidMap(Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         xs, delta, index = ctx.saved_tensors
         gx = gy @ ctx.layer.overlaid(index, delta, gy.dtype)
-        return gx, None, plain_ops().grad_columns(gy, xs), None, None
+        return gx, None, plain_ops().grad_columns(gy, xs, 1.0), None, None
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 
 from paca.estimate.methods import method_of
 from paca.estimate.step import KINDS, CannotRun, Footprint, Model, Work, footprint
+from paca.quantising import compute_dtype
 from paca.recipe import Recipe
 
 
@@ -85,15 +86,7 @@ def adapted_model(recipe: Recipe, config: Any) -> Model:
 
     # How columns are chosen changes neither counts nor bytes, and the other ways need values.
     settings = replace(adapter_config(recipe), selection="random")
-    return Model(config, recipe.run.task, _dtype(recipe, config), settings, recipe.run.trust_remote_code)
-
-
-def _dtype(recipe: Recipe, config: Any) -> Any:
-    import torch
-
-    named = recipe.run.dtype
-    found = getattr(torch, named) if named != "auto" else getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, found) if isinstance(found, str) else found
+    return Model(config, recipe.run.task, compute_dtype(recipe.run, config), settings, recipe.run.trust_remote_code)
 
 
 def size(number: int) -> str:

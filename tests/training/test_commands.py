@@ -365,7 +365,7 @@ def test_an_adapter_of_another_base_is_refused(
     assert "fingerprint" in message or "base" in message
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "merge", "export", "env", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "merge", "export", "env", "estimate", "bench"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -1,0 +1,93 @@
+"""The key `quantization` loads the frozen linears in few bits, or says before any work why it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from paca import quantising
+from paca.pretrained import load_model, to_device
+from paca.recipe import RecipeError, RunOptions, read_recipe
+from paca.registry import get_backend
+
+
+def options(model: Path, wanted: str, dtype: str = "float32") -> RunOptions:
+    words = ["--model_name_or_path", str(model), "--output_dir", "out", "--quantization", wanted, "--dtype", dtype]
+    return read_recipe(None, words).run
+
+
+def load(model: Path, wanted: str, dtype: str = "float32") -> Any:
+    return load_model(options(model, wanted, dtype), AutoConfig.from_pretrained(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nf4_is_loaded_as_qlora_does_it(llama: Path, dtype: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = load(llama, "nf4", dtype)
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype == getattr(torch, dtype)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert {model.lm_head.weight.dtype, model.model.norm.weight.dtype} == {getattr(torch, dtype)}
+
+
+def test_int8_is_loaded_as_bitsandbytes_has_it(llama: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = load(llama, "int8").model.layers[0].mlp.up_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear8bitLt)
+    assert layer.weight.dtype == torch.int8
+
+
+def test_fp8_is_loaded_as_torchao_has_it(llama: Path) -> None:
+    torchao = pytest.importorskip("torchao")
+    weight = load(llama, "fp8", "bfloat16").model.layers[0].mlp.up_proj.weight
+    assert type(weight).__module__.partition(".")[0] == torchao.__name__
+    assert weight.qdata.dtype == torch.float8_e4m3fn
+
+
+def test_a_quantised_model_is_not_moved(llama: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load(llama, "int8")
+    assert to_device(model, torch.device("meta")) is model
+    assert to_device(torch.nn.Linear(1, 1), torch.device("meta")).weight.is_meta
+
+
+@pytest.mark.parametrize(("wanted", "package"), quantising.PACKAGES.items())
+def test_a_missing_package_is_named(llama: Path, wanted: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantising, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=rf"quantization {wanted} needs {package}.*pip install 'paca-torch\[quant\]'"):
+        load(llama, wanted)
+
+
+def test_a_format_that_the_backend_lacks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = get_backend()
+    only = replace(backend.capabilities, quantised=frozenset({"nf4"}))
+    monkeypatch.setattr(type(backend), "capabilities", property(lambda self: only))
+    with pytest.raises(RecipeError, match="quantization int8: the cpu backend has nf4 only"):
+        load(llama, "int8")
+
+
+def test_a_device_that_bitsandbytes_lacks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    with pytest.raises(RecipeError, match="is for cuda, not cpu"):
+        load(llama, "nf4")
+
+
+def test_a_model_that_is_quantised_already_is_refused(llama: Path) -> None:
+    config = AutoConfig.from_pretrained(llama)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(RecipeError, match=r"quantised already \(gptq\).*leave the key out"):
+        load_model(options(llama, "nf4"), config)
+
+
+def test_another_format_is_refused_with_those_there_are(llama: Path) -> None:
+    with pytest.raises(RecipeError, match="quantization must be one of none, nf4, int8, fp8"):
+        options(llama, "nf3")
