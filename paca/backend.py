@@ -6,7 +6,8 @@ A backend answers it; nothing else in paca knows which device there is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
@@ -149,6 +150,11 @@ class Backend(ABC):
     def autocast_dtype(self) -> torch.dtype:
         """The low-precision dtype for mixed-precision training."""
         return torch.bfloat16
+
+    @contextmanager
+    def compilations(self) -> Iterator[Callable[[], int] | None]:
+        """Count what the device compiles in the block, if it tells: yields a function that returns the count so far."""
+        yield None
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The optimizer that suits the device, for loops written by hand; takes the arguments of AdamW."""

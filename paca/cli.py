@@ -80,6 +80,14 @@ examples:
 """
 
 
+_DOCTOR_EXAMPLES = """\
+examples:
+  paca doctor --graphs my.yaml                        graphs, compilations and host syncs, with file and line of each
+  paca doctor --graphs my.yaml --steps 20 --gradient_checkpointing
+Without a Gaudi its operations run on the CPU. Exit status 2 if something has to be put right.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -211,6 +219,15 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", metavar="NAME,...", help="of lora, lora-nocast, paca, qlora, qlora-nocast, qpaca; default all"
     )
     predict.add_argument("--json", type=Path, metavar="FILE", help="also write the raw result there")
+
+    doctor = command(
+        "doctor", _doctor, "say what a device that compiles graphs would stumble over", keys=True,
+        usage=f"paca doctor --graphs RECIPE.yaml [--steps N] {keys}", epilog=_DOCTOR_EXAMPLES,
+    )  # fmt: skip
+    doctor.add_argument(
+        "--graphs", type=Path, required=True, metavar="RECIPE.yaml", help="record the graphs of its first steps"
+    )
+    doctor.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to record, 5 by default")
 
     command("bench", None, "compare speed and memory with LoRA and full fine-tuning", add_help=False)
     command("env", _env, "print versions, backends and devices for a bug report")
@@ -351,6 +368,17 @@ def _adapters(options: argparse.Namespace, words: list[str]) -> None:
     if options.plot:
         draw(adapters, options.plot)
         print(f"plot: {options.plot}")
+
+
+def _doctor(options: argparse.Namespace, words: list[str]) -> None:
+    from paca.doctor import graphs
+    from paca.recipe import RecipeError
+
+    if options.steps < 2:
+        raise RecipeError(f"--steps must be at least 2, to tell new graphs from known ones; found {options.steps}")
+    if not graphs(options.graphs, words, options.steps, say=lambda line: print(line, flush=True)):
+        raise RecipeError("the run would stop or compile again; what to put right is listed above (docs/gaudi.md)")
+    print("nothing to put right")
 
 
 def _env(options: argparse.Namespace, words: list[str]) -> None:

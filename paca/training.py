@@ -87,7 +87,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     counts = f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
     say(counts)
 
-    trainer = _trainer(recipe, arguments, model, tokenizer, data, length)
+    trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
     use_readable_log(trainer)
     out = recipe.output_dir
     try:
@@ -130,7 +130,7 @@ def evaluate(recipe: Recipe, adapter: Path | None, say: Say = print) -> dict[str
         arguments = training_arguments(recipe.with_training(output_dir=scratch), data, evaluate_only=True)
         model = base_model(recipe, config, data.classes, tokenizer)
         model = load_adapter(model, adapter) if adapter else model
-        trainer = _trainer(recipe, arguments, model, tokenizer, data, length)
+        trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
         use_readable_log(trainer, lines=False)
         metrics: dict[str, Any] = trainer.evaluate()
     return {key: value for key, value in metrics.items() if key not in ("epoch", "eval_model_preparation_time")}
@@ -419,7 +419,8 @@ def _collator(recipe: Recipe, tokenizer: Any, length: int) -> Collator:
     return Collator(tokenizer.pad_token_id, length if static else None)
 
 
-def _trainer(recipe: Recipe, arguments: Any, model: Any, tokenizer: Any, data: Data, length: int) -> Any:
+def make_trainer(recipe: Recipe, arguments: Any, model: Any, tokenizer: Any, data: Data, length: int) -> Any:
+    """The device's Trainer for a recipe's model and data."""
     causal = recipe.run.task == "causal_lm"
     return exact(trainer_class(), perplexity=causal)(
         model=model,

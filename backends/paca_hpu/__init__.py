@@ -5,6 +5,8 @@ Importing it imports nothing of the vendor's: that happens when a device is used
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -117,6 +119,14 @@ class HPUBackend(Backend):
             return cached
         return module
 
+    @contextmanager
+    def compilations(self) -> Iterator[Callable[[], int] | None]:
+        """Count with the vendor's metric `graph_compilation`."""
+        from habana_frameworks.torch.hpu.metrics import metric_localcontext  # type: ignore[import-not-found]
+
+        with metric_localcontext("graph_compilation") as metric:
+            yield lambda: int(dict(metric.stats())["TotalNumber"])
+
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """The vendor's FusedAdamW: one kernel, and a step size that is a tensor, so that no step compiles anew."""
         from habana_frameworks.torch.hpex.optimizers import FusedAdamW  # type: ignore[import-not-found]
@@ -134,7 +144,7 @@ class HPUBackend(Backend):
         """GaudiTrainer of optimum-habana where it is installed, transformers' own Trainer otherwise."""
         from paca_hpu.trainers import classes
 
-        return classes(self.graph_mode)
+        return classes()
 
 
 class RehearsalBackend(HPUBackend):
@@ -176,6 +186,11 @@ class RehearsalBackend(HPUBackend):
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
+
+    @contextmanager
+    def compilations(self) -> Iterator[Callable[[], int] | None]:
+        """A CPU compiles nothing."""
+        yield None
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
         """Torch's own AdamW."""

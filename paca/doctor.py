@@ -1,0 +1,117 @@
+"""Runs a few steps of a recipe and says what a device that compiles graphs would stumble over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from paca.recipe import Given, Recipe, read_file, read_words, resolve
+
+REHEARSAL = "hpu-rehearsal"
+
+
+def graphs(path: Path | None, words: Sequence[str], steps: int, say: Callable[[str], None] = print) -> bool:
+    """Record the graphs of a recipe's first optimizer steps.
+
+    On a Gaudi it runs there, and the vendor's own count of compilations is printed beside the recorded one; elsewhere
+    Gaudi's operations run on the CPU.
+
+    Args:
+        path: the recipe.
+        words: the command line's keys.
+        steps: how many optimizer steps to take.
+        say: receives each line.
+
+    Returns:
+        Whether nothing has to be put right.
+    """
+    from paca.registry import available_backends
+
+    given = (read_file(path) if path is not None else {}) | read_words(words)
+    if available_backends()["hpu"] is not None:
+        given["backend"] = Given(REHEARSAL, "paca doctor")
+        given.pop("strategies", None)
+    recipe = resolve(given)
+    say(
+        f"recording {steps} optimizer steps; logging, evaluation and saving are left out: each of them stops the device"
+    )
+    with TemporaryDirectory() as scratch:
+        recorder, counted = _record(_quiet(recipe, scratch, steps), steps, say)
+    for line in recorder.report():
+        say(line)
+    if counted is not None:
+        say(f"compiled, by the vendor  {', '.join(map(str, counted))} in steps 1 to {len(counted)}")
+    return recorder.is_clean and not sum((counted or [])[recorder.warm_up :])
+
+
+def _quiet(recipe: Recipe, folder: str, steps: int) -> Recipe:
+    """The recipe without whatever reads values back on purpose."""
+    return recipe.with_training(
+        output_dir=folder,
+        max_steps=steps,
+        logging_strategy="no",
+        logging_first_step=False,
+        save_strategy="no",
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    ).with_run(eval_size=None, eval_file=None, eval_split=None, prompts=[], evaluate_before=False)
+
+
+def _record(recipe: Recipe, steps: int, say: Callable[[str], None]) -> tuple[Any, list[int] | None]:
+    from transformers import set_seed
+
+    from paca.graphs import GraphRecorder
+    from paca.pretrained import load_config, load_tokenizer
+    from paca.registry import get_backend
+    from paca.training import adapted_model, load_data, make_trainer, sequence_length, training_arguments
+
+    backend = get_backend()
+    config, tokenizer = load_config(recipe.run), load_tokenizer(recipe.run)
+    length = sequence_length(recipe, config, tokenizer)
+    data = load_data(recipe, tokenizer, length)
+    arguments = training_arguments(recipe, data)
+    set_seed(arguments.seed)
+    model = adapted_model(recipe, config, data, tokenizer, length, say)
+    trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
+    recorder = GraphRecorder(trainer.model, warm_up=2)
+    counted: list[int] = []
+    with backend.compilations() as compiled, recorder.watching():
+        trainer.add_callback(_marks(recorder, steps, counted, compiled))
+        trainer.train()
+    _say_ragged(arguments, data, say)
+    return recorder, counted if compiled is not None else None
+
+
+def _marks(recorder: Any, steps: int, counted: list[int], compiled: Callable[[], int] | None) -> Any:
+    """A callback that cuts graphs where GaudiTrainer marks a step: after each backward and after the optimizer."""
+    from transformers import TrainerCallback
+
+    class Marks(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            recorder.cut()
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            recorder.cut()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            recorder.end_step()
+            if compiled is not None:
+                counted.append(compiled() - sum(counted))
+            if len(recorder.steps) == steps:
+                recorder.pause()  # the Trainer reads the loss back at its end
+
+    return Marks()
+
+
+def _say_ragged(arguments: Any, data: Any, say: Callable[[str], None]) -> None:
+    """Say that an epoch ends with a smaller batch, which a few steps may not reach."""
+    rows, size = len(data.train.dataset), arguments.train_batch_size
+    pads = type(arguments).__module__.startswith("paca_hpu")  # GaudiTrainer fills the last batch with further rows
+    if rows % size and not arguments.dataloader_drop_last and not pads:
+        say(
+            f"an epoch of {rows} rows ends with a batch of {rows % size} instead of {size}, which is compiled again: "
+            "set dataloader_drop_last: true"
+        )
