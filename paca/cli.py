@@ -55,6 +55,11 @@ examples:
   paca import lora --out adapter                      a LoRA adapter whose A is one-hot; nothing is lost
   paca import upstream --base gpt2 --out adapter      an adapter of PEFT's own PaCA, with the widths of its layers noted
 """
+_COMPRESS_EXAMPLES = """\
+examples:
+  paca compress runs/quickstart --bits 8 --out small            8 bits for each delta, and a scale for each column
+  paca compress runs/quickstart --bits 1 --out tiny --evaluate  also measure what it costs on the recipe's held-out data
+"""
 _ADAPTERS_EXAMPLES = """\
 examples:
   paca adapters runs/quickstart                       what it changes, by kind of module
@@ -198,6 +203,15 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved LoRA with one-hot A, or PEFT's own PaCA")
     bring.add_argument("--base", metavar="MODEL", help="its base model, if its config does not name it")
     bring.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+    compress = command(
+        "compress", _compress, "store an adapter in 8, 4 or 1 bits", keys=True, epilog=_COMPRESS_EXAMPLES,
+        usage=f"paca compress ADAPTER --bits 8|4|1 --out DIR [--evaluate] [--json FILE] {keys}",
+    )  # fmt: skip
+    compress.add_argument("--bits", type=int, choices=(8, 4, 1), required=True, help="of each delta")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    compress.add_argument("--evaluate", action="store_true", help="measure base, adapter and copy on the held-out data")
+    compress.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
 
     adapters = command(
         "adapters", _adapters, "print what adapters change, and where they meet", epilog=_ADAPTERS_EXAMPLES
@@ -350,6 +364,35 @@ def _import(options: argparse.Namespace, words: list[str]) -> None:
 
     kind = import_adapter(options.adapter, options.out, options.base)
     print(f"imported {kind} to {options.out}; PEFT loads it after `import paca`")
+
+
+def _compress(options: argparse.Namespace, words: list[str]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from paca.compressing import compress
+    from paca.recipe import RecipeError, read_words
+    from paca.training import evaluate, of_adapter, write_text
+
+    adapter = _first_word(words)
+    if adapter is None:
+        raise RecipeError("say which adapter to compress: a folder")
+    if words and not options.evaluate:
+        raise RecipeError(f"{words[0]} is for --evaluate, which was not asked for")
+    recipe = of_adapter(adapter, read_words(words)) if options.evaluate else None
+    report = compress(adapter, options.out, options.bits)
+    print("\n".join(report.lines()))
+    written = asdict(report)
+    if recipe is not None:
+        parts = {"base": None, "adapter": adapter, "compressed": options.out}
+        metrics = {name: evaluate(recipe, folder) for name, folder in parts.items()}
+        shown = [key for key in ("eval_loss", "eval_perplexity", "eval_accuracy") if key in metrics["base"]]
+        print(f"{'held out':<20}" + "".join(f"{name:>14}" for name in parts))
+        for key in shown:
+            print(f"{key.removeprefix('eval_'):<20}" + "".join(f"{metrics[name][key]:>14.4f}" for name in parts))
+        written["held_out"] = {name: {key: metrics[name][key] for key in shown} for name in parts}
+    if options.json:
+        write_text(options.json, json.dumps(written, indent=1))
 
 
 def _adapters(options: argparse.Namespace, words: list[str]) -> None:

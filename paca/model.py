@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from paca import freshness
 from paca.columns import why_not_resident
+from paca.compress import expanded
 from paca.config import PacaConfig, settings
 from paca.fingerprint import fingerprint
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
@@ -341,6 +342,15 @@ class PacaModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         return state
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Expand compressed columns on their way into the model."""
+        expand = expanded(state_dict)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, expand)
+        return remapped
 
 
 def _memory(weight: Tensor) -> int:

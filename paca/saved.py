@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paca.compress import expanded
 from paca.config import PEFT_TYPE, PacaConfig, settings
 from paca.errors import AdapterError
 from paca.fingerprint import in_features_of
@@ -74,7 +75,7 @@ class SavedAdapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
-    """Read a folder written by `save_pretrained`, of paca or of PEFT's own PaCA.
+    """Read a folder written by `save_pretrained`, of paca or of PEFT's own PaCA, compressed or not.
 
     Raises:
         FileNotFoundError: if it is not a saved adapter.
@@ -101,6 +102,7 @@ def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
         AdapterError: if they do not belong together; the message names the layer.
     """
     ours = settings(config)
+    tensors = expanded(tensors)
     layers: dict[str, SavedLayer] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

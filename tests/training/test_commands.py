@@ -227,6 +227,23 @@ def test_export_writes_a_lora_adapter(trained: Run, tmp_path: Path, capsys: pyte
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_compress_measures_what_its_rounding_costs(
+    trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", str(trained.folder), "--bits", "8", "--out", str(tmp_path / "small"), "--evaluate"]
+    assert main([*words, "--json", str(tmp_path / "report.json")]) == 0
+    assert "held out" in capsys.readouterr().out
+    losses = {
+        name: metrics["eval_loss"]
+        for name, metrics in json.loads((tmp_path / "report.json").read_text())["held_out"].items()
+    }
+    assert losses["adapter"] == pytest.approx(trained.results["eval_loss"], abs=1e-6)
+    assert losses["compressed"] == pytest.approx(losses["adapter"], abs=0.02)
+    assert losses["base"] > losses["adapter"] + 0.5
+    assert main(["evaluate", str(tmp_path / "small")]) == 0
+    assert f"{losses['compressed']:.4f}" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_recipe_and_counts_and_writes_nothing(
     llama: Path, texts: Path, tmp_path: Path, trained: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
