@@ -12,6 +12,7 @@ from paca.layer import PacaLayer
 from paca.model import PacaModel
 from paca.peft_plugin import register
 from paca.registry import available_backends, get_backend, set_backend, use_backend
+from paca.requantise import merge_requantised
 
 __all__ = [
     "AdapterBank",
@@ -31,6 +32,7 @@ __all__ = [
     "calibrate",
     "convert_to_lora",
     "get_backend",
+    "merge_requantised",
     "refresh",
     "set_backend",
     "use_backend",

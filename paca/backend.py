@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paca import strategies
-from paca.strategies import ColumnWrite
+from paca.strategies import ColumnWrite, Form
 
 
 class GraphMode(str, Enum):
@@ -47,6 +47,7 @@ class Ops:
     runs_to_slice: int | None = 0
     # Called before and after the columns of a step are written, so that they are a graph of their own.
     end_graph: Callable[[], None] = strategies.run_at_once
+    quantised_form: Callable[[bool, bool], Form] = strategies.form_exact  # library dequantises, trains -> form
 
 
 # What a user may name for each kind, and the fields of `Ops` that it sets.
@@ -66,6 +67,11 @@ PLAIN_TORCH: Choices = MappingProxyType(
         "write": {
             "index_copy": {"write_columns": strategies.write_index_copy},
             "index_put": {"write_columns": strategies.write_index_put},
+        },
+        "quantised": {
+            "exact": {"quantised_form": strategies.form_exact},
+            "overlay": {"quantised_form": strategies.form_overlay},
+            "split": {"quantised_form": strategies.form_split},
         },
     }
 )

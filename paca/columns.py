@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from paca.backend import Ops
 from paca.errors import StaleColumnsError
-from paca.linear import Held
+from paca.fingerprint import fingerprint
+from paca.linear import Held, columns_in
 from paca.strategies import ColumnWrite, adapted_columns
 
 
@@ -52,27 +53,24 @@ def runs_of(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-class Columns:
-    """The columns of one weight that a set of adapters trains, and the pretrained values there.
+class ColumnSet:
+    """The columns of one weight that a set of adapters trains.
 
     Attributes:
         index: (u,) int64, the sorted union of their columns.
-        base: (out, u) in the weight's dtype.
         key: equal for equal `index`, cheap to compare.
         runs: the same columns as runs of neighbours, (first, last + 1) each, on the host.
 
     Args:
         adapters: at least one.
-        pretrained: gives the pretrained columns of an index, (out, len(index)), as a tensor of their own.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], pretrained: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
         indices = [adapter.index for adapter in adapters]
         self._made_of = [(adapter.name, adapter.index, version_of(adapter.index)) for adapter in adapters]
         one = len(indices) == 1
         with torch.inference_mode(False):  # or autograd could not use them later
             self.index = indices[0].clone() if one else torch.cat(indices).unique()
-            self.base = pretrained(self.index)
             self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
         numbers = self.index.cpu()
         self.key, self.runs = numbers.numpy().tobytes(), runs_of(numbers.tolist())
@@ -80,7 +78,7 @@ class Columns:
     def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
         """Whether this plan still serves: the same columns of the same adapters on the same device."""
         return (
-            self.base.device == weight.device
+            self.index.device == weight.device
             and len(adapters) == len(self._made_of)
             and all(
                 adapter.name == name and adapter.index is index and version_of(index) == version
@@ -90,23 +88,45 @@ class Columns:
 
     def has(self, index: Tensor) -> bool:
         """Whether these are the columns of `index`, on the same device."""
-        return self.base.device == index.device and torch.equal(self.index, index)
+        return self.index.device == index.device and torch.equal(self.index, index)
 
     def combined(self, adapters: Sequence[Adapter]) -> tuple[Tensor, float]:
         """Return one delta (out, u) and one scale that stand for all adapters; differentiable."""
         if self.positions is None:
             return adapters[0].delta, adapters[0].scale
         dtype = reduce(torch.promote_types, (adapter.delta.dtype for adapter in adapters))
-        total = torch.zeros(self.base.shape, dtype=dtype, device=self.base.device)
+        total = torch.zeros(len(adapters[0].delta), len(self.index), dtype=dtype, device=self.index.device)
         for adapter, position in zip(adapters, self.positions, strict=True):
             total = total.index_add(1, position, adapter.delta.to(dtype) * adapter.scale)
         return total, 1.0
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or cast of the model."""
-        self.index, self.base = fn(self.index), fn(self.base)
+        self.index = fn(self.index)
         if self.positions is not None:
             self.positions = [fn(position) for position in self.positions]
+
+
+class Columns(ColumnSet):
+    """Those columns, and the pretrained values there.
+
+    Attributes:
+        base: (out, u) in the weight's dtype.
+
+    Args:
+        adapters: at least one.
+        pretrained: gives the pretrained columns of an index, (out, len(index)), as a tensor of their own.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], pretrained: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(adapters)
+        with torch.inference_mode(False):
+            self.base = pretrained(self.index)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a move or cast of the model."""
+        super().apply(fn)
+        self.base = fn(self.base)
 
 
 class AdaptedWeight:
@@ -120,7 +140,7 @@ class AdaptedWeight:
         layer: the `nn.Linear` or `Conv1D` that owns the weight.
         name: its path in the model, for messages.
         ops: the backend's operations.
-        residency: "resident" or "swap".
+        residency: "resident", "swap", or "quantised" (`paca.quantised`).
     """
 
     def __init__(self, layer: nn.Module, name: str, ops: Ops, residency: str) -> None:
@@ -148,6 +168,20 @@ class AdaptedWeight:
     def matrix(self) -> Tensor:
         """The weight as (out, in); a transposed view for Conv1D."""
         return self.oriented(self.parameter)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the pretrained values."""
+        return self.parameter.dtype
+
+    def fingerprint(self, index: Tensor) -> str:
+        """Identify the pretrained weight by some of its columns."""
+        return fingerprint(self.pretrained_columns(index), self.matrix.shape[1])
+
+    @property
+    def chosen(self) -> ColumnSet | None:
+        """Which columns train, once that is planned."""
+        return self.columns
 
     def oriented(self, weight: Tensor) -> Tensor:
         """Turn (out, in) into the layer's own layout, or back."""
@@ -267,6 +301,14 @@ class AdaptedWeight:
             part = distribute_tensor(base, weight.device_mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
             weight.to_local().index_copy_(1, self.columns.index, part.to_local())  # type: ignore[attr-defined]
             self.left_behind = False
+
+    @torch.no_grad()
+    def applied(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """Apply the layer with one adapter while it holds pretrained values, (…, in) to (…, out)."""
+        base = self.pretrained_columns(adapter.index)
+        with columns_in(self.matrix, adapter.index, base, adapter.delta, adapter.scale, self.ops):
+            y: Tensor = self.layer(x)
+        return y
 
     # ------------------------------------------------------------------ check and undo
 

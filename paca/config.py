@@ -13,6 +13,7 @@ from peft.utils import PeftType
 from paca.select import SELECTIONS
 
 RESIDENCIES = ("auto", "resident", "swap")
+STARTS = ("loaded", "checkpoint")
 BIASES = ("none", "all", "paca_only")
 
 
@@ -56,6 +57,8 @@ class PacaConfig(PeftConfig):
             serves them.
         residency: "resident": the weight holds the columns between steps; "swap": they are put in around each GEMM;
             "auto": resident wherever the weight can hold them.
+        start_from: "loaded": a new adapter changes nothing; "checkpoint": on a quantised base its columns start from
+            the values that the checkpoint has for them, not from the dequantised ones.
         check_base: refuse to load onto another base model than the adapter was trained on.
         base_fingerprint: what `check_base` compares with; written when the adapter is saved.
     """
@@ -97,6 +100,9 @@ class PacaConfig(PeftConfig):
         default=True, metadata={"help": "one column choice for layers that read the same input"}
     )
     residency: str = field(default="auto", metadata={"help": f"where trained columns live: {', '.join(RESIDENCIES)}"})
+    start_from: str = field(
+        default="loaded", metadata={"help": "columns of a quantised base start as loaded, or from its checkpoint"}
+    )
     check_base: bool = field(default=True, metadata={"help": "refuse to load onto another base model"})
     base_fingerprint: dict[str, str] | None = field(default=None, metadata={"help": "written on save"})
 
@@ -120,6 +126,7 @@ class PacaConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a whole number greater than 0, found {rank!r}")
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("residency", self.residency, RESIDENCIES)
+        _one_of("start_from", self.start_from, STARTS)
         _one_of("bias", self.bias, BIASES)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")

@@ -33,10 +33,18 @@ def in_features_of(recorded: str) -> int:
 def mismatch(expected: str, found: str) -> str:
     """Say how two fingerprints differ, or nothing if they agree.
 
-    A float16 weight, on either side, is compared by size only.
+    A float16 weight, on either side, is compared by size only. Quantised weights have the format between size and
+    digest (`paca.quantised`).
     """
     if in_features_of(expected) != in_features_of(found):
         return f"its layer has {in_features_of(expected)} inputs, this one {in_features_of(found)}"
+    if (trained_on := _format_of(expected)) != (loaded := _format_of(found)):
+        return f"its base was {trained_on or 'not quantised'}, this one is {loaded or 'not quantised'}"
     if expected != found and "float16" not in (expected.partition(":")[2], found.partition(":")[2]):
         return f"the pretrained values of its columns differ (fingerprint {expected}, found {found})"
     return ""
+
+
+def _format_of(recorded: str) -> str:
+    """Return the format of a quantised weight, or nothing."""
+    return ":".join(recorded.split(":")[1:-1])

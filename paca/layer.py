@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from paca import freshness
 from paca.backend import Backend
-from paca.columns import AdaptedWeight, Adapter, Columns, is_sharded, version_of
+from paca.columns import AdaptedWeight, Adapter, ColumnSet, is_sharded, version_of
 from paca.errors import BaseMismatchError
-from paca.fingerprint import fingerprint, mismatch
+from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
+from paca.quantised import QuantisedWeight, library_of
 from paca.select import checked_columns
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices
 
@@ -33,24 +34,37 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     While an adapter is active `base_layer.weight` *holds* the adapted columns, and `state_dict` still gives the
     pretrained ones. A weight that cannot hold them (`residency == "swap"`) gets them around each GEMM instead.
-    Overlapping columns of several adapters add up.
+    Quantised weights are never written (`paca.quantised`). Overlapping columns of several adapters add up.
 
     Args:
-        base_layer: an `nn.Linear` or a transformers `Conv1D`.
+        base_layer: an `nn.Linear`, a transformers `Conv1D`, or a linear layer that PEFT knows to be quantised.
         name: the module's path in the model, for messages.
         backend: does the tensor work of this layer, for good.
-        residency: "resident" or "swap".
+        residency: "resident" or "swap"; of no account for a quantised weight.
+        dtype: of the model around a quantised weight.
     """
 
     adapter_layer_names = ("paca_delta",)
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "expected_fingerprint", "checked_indices")
 
-    def __init__(self, base_layer: nn.Module, name: str, backend: Backend, residency: str = "resident") -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        name: str,
+        backend: Backend,
+        residency: str = "resident",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_out_features(base_layer)
         self.base_layer = base_layer
         self.name = name
-        self.adapted = AdaptedWeight(self.get_base_layer(), name, backend.ops, residency)
+        self.quantization_backend = library_of(self.get_base_layer())
+        self.adapted = (
+            AdaptedWeight(self.get_base_layer(), name, backend.ops, residency)
+            if self.quantization_backend is None
+            else QuantisedWeight(self.get_base_layer(), name, backend.ops, self.quantization_backend, dtype)
+        )
         self.steps_per_check = backend.capabilities.steps_per_check
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
@@ -87,8 +101,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         Δ starts at 0 unless `init_weights` is False (for tests).
         """
         r = len(index)
-        weight = self.get_base_layer().weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight = self.adapted.parameter
+        dtype = torch.promote_types(self.adapted.dtype, torch.float32)
         delta = torch.zeros(self.out_features, r, dtype=dtype)
         if not init_weights:
             nn.init.normal_(delta, std=0.1)
@@ -134,7 +148,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         Its dtype stays: PEFT's own way would round a loaded float32 delta to the weight's dtype.
         """
-        device = device or self.get_base_layer().weight.device
+        device = device or self.adapted.parameter.device
         if device.type == "meta" or adapter_name not in self.paca_delta or self.paca_delta[adapter_name].is_meta:
             return
         self.paca_delta[adapter_name] = self.paca_delta[adapter_name].to(device)
@@ -154,6 +168,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         if not torch.compiler.is_compiling():
             self.sync()
         adapted, columns = self.adapted, self.adapted.columns
+        if isinstance(adapted, QuantisedWeight):
+            return adapted.forward(x, self._gathered, adapters, _compute_dtype(x))
         if columns is None:
             raise RuntimeError(
                 f"{self.name}: weight or adapter is on the meta device; load their values before running the model"
@@ -175,7 +191,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         cast_x = x.to(_compute_dtype(x))
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
             cast_x,
-            self._gathered(x, cast_x, columns) if trains else None,
+            self._gathered(x, cast_x) if trains else None,
             adapted.matrix,
             bias,
             delta,
@@ -205,9 +221,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             own = torch.tensor([row for row, other in enumerate(each) if other == name], device=x.device)
             if name in self.paca_delta and not self.disable_adapters:
                 index, delta = self.paca_indices[name], self.paca_delta[name]
-                base = self.adapted.pretrained_columns(index)
-                with columns_in(self.adapted.matrix, index, base, delta, self.scaling[name], self.adapted.ops):
-                    part = self.base_layer(x[own])
+                part = self.adapted.applied(x[own], Adapter(name, delta, index, self.scaling[name]))
             else:
                 part = self.base_layer(x[own])
             y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
@@ -215,7 +229,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         assert y is not None
         return y
 
-    def _gathered(self, x: Tensor, cast_x: Tensor, columns: Columns) -> Tensor:
+    def _gathered(self, x: Tensor, cast_x: Tensor) -> Tensor:
         """Return x[..., index] in the dtype of the GEMM, shared by all layers that read the same `x` at these columns.
 
         It is remembered on `x` itself, so that it lives no longer than `x` does.
@@ -223,9 +237,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         Args:
             x: what the layer was given.
             cast_x: the same in the dtype of the GEMM.
-            columns: whose index to gather.
         """
-        dtype = cast_x.dtype
+        columns, dtype = self.adapted.chosen, cast_x.dtype
+        assert columns is not None
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return self._gather(cast_x.detach(), columns)
         now = (x._version, x.data_ptr(), backwards())
@@ -238,7 +252,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             slices[key] = self._gather(cast_x.detach(), columns)
         return slices[key]
 
-    def _gather(self, x: Tensor, columns: Columns) -> Tensor:
+    def _gather(self, x: Tensor, columns: ColumnSet) -> Tensor:
         ops = self.adapted.ops
         if ops.runs_to_slice is None or len(columns.runs) <= ops.runs_to_slice:
             return gather_slices(x, columns.runs)
@@ -267,7 +281,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.adapted.columns = None
         elif self.merged or not self.adapted.ready(adapters):
             return  # `merge` has written; the load that brings the values will
-        elif self.adapted.residency == "swap":
+        elif self.adapted.residency != "resident":
             self._plan(adapters)
         elif not self.adapted.is_fresh(adapters, freshness.epoch()):
             freshness.write([self])
@@ -325,6 +339,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters = []
+        if self.quantization_backend is not None:
+            self._set_base_layer(self.adapted.layer)
         self.adapted.restore()
         self.sync()
 
@@ -340,8 +356,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Write the merged columns, also to a weight that is not resident otherwise."""
         adapters = self.held_adapters()
         self._plan(adapters)
+        if isinstance(self.adapted, QuantisedWeight):  # its own weight stays as it is, for `unmerge`
+            self._set_base_layer(self.adapted.dense(adapters))
+            return
         self.adapted.ops.write_columns([self.adapted.column_write(adapters)])
         self.mark_written()
+
+    def _set_base_layer(self, layer: nn.Module) -> None:
+        """Exchange the wrapped layer, below another method's wrapper if there is one."""
+        owner: Any = self
+        while isinstance(owner.base_layer, BaseTunerLayer):
+            owner = owner.base_layer
+        owner.base_layer = layer
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -375,7 +401,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def residency(self) -> str:
-        """Where the columns live between steps: "resident" or "swap"."""
+        """Where the columns live between steps: "resident" or "swap"; "quantised" if they are never in the weight."""
         return self.adapted.residency
 
     def pretrained_weight(self) -> Tensor:
@@ -434,7 +460,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():  # all else relies on sorted columns
             delta.copy_(delta[:, index.argsort()])
             index.copy_(columns)
-        found = fingerprint(self.base_columns(adapter), self.in_features)
+        found = self.adapted.fingerprint(index)
         expected = self.expected_fingerprint[adapter]
         if expected and (why := mismatch(expected, found)):
             raise BaseMismatchError(
@@ -501,8 +527,11 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
         raise TypeError("MultiheadAttention reads the weight of its out_proj without calling it, so it cannot train.")
     if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
         return layer.in_features, layer.out_features
+    if library_of(layer) is not None:
+        features: Any = layer
+        return int(features.in_features), int(features.out_features)
     own = (
-        " Its forward is its own; quantised and fp8 layers are not supported yet."
+        " Its forward is its own, and it is of no kind of quantised layer that PEFT knows."
         if isinstance(layer, nn.Linear)
         else ""
     )

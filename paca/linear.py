@@ -109,10 +109,15 @@ class PacaLinear(Function):
             with columns_in(weight, index, base, delta, ctx.scale, ctx.ops) as adapted:
                 gx = ctx.ops.grad_input(gy, adapted.to(gy.dtype))
         if ctx.needs_input_grad[3]:
-            gbias = gy.reshape(-1, gy.shape[-1]).sum(0) if gy.numel() else gy.new_zeros(gy.shape[-1])
+            gbias = grad_bias(gy)
         if ctx.needs_input_grad[4]:
             gdelta = ctx.ops.grad_columns(gy, xs, ctx.scale)
         return gx, None, None, gbias, gdelta, None, None, None, None, None
+
+
+def grad_bias(gy: Tensor) -> Tensor:
+    """Return Σ dY over tokens, (out,); zeros for an empty batch."""
+    return gy.reshape(-1, gy.shape[-1]).sum(0) if gy.numel() else gy.new_zeros(gy.shape[-1])
 
 
 @contextmanager

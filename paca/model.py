@@ -28,9 +28,10 @@ from paca import freshness
 from paca.columns import why_not_resident
 from paca.compress import expanded
 from paca.config import PacaConfig, settings
-from paca.fingerprint import fingerprint
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
 from paca.mixing import mixed_batch
+from paca.original import start_from_checkpoint
+from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 
@@ -70,6 +71,9 @@ class PacaModel(BaseTuner):
         if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
             self._check_fits(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
+            source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
+            start_from_checkpoint(self._adapted_layers(), adapter_name, source)
         self._report_residency(config, adapter_name)
 
     @classmethod
@@ -134,7 +138,8 @@ class PacaModel(BaseTuner):
         config = settings(peft_config)
         layer = target if isinstance(target, PacaLayer) else None
         if layer is None:
-            layer = AdaptedLinear(target, current_key, get_backend(), self._residency(config, target, current_key))
+            residency = self._residency(config, target, current_key)
+            layer = AdaptedLinear(target, current_key, get_backend(), residency, model_dtype(self.model))
         elif config.residency not in ("auto", layer.residency):
             raise ValueError(
                 f"{current_key}: residency={config.residency!r}, but the weight's other adapters are "
@@ -156,7 +161,15 @@ class PacaModel(BaseTuner):
 
     def _residency(self, config: PacaConfig, target: nn.Module, name: str) -> str:
         """Decide where the columns of a layer live between steps."""
-        weight = target.get_base_layer().weight if isinstance(target, BaseTunerLayer) else target.weight
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if library_of(base) is not None:
+            if config.residency != "auto":
+                raise ValueError(
+                    f"{name}: residency={config.residency!r}, but its weight is quantised, so no columns can be "
+                    "written to it; use 'auto'"
+                )
+            return "quantised"
+        weight = base.weight
         assert isinstance(weight, Tensor)
         why = "the weight is tied to another module's" if self._tied[_memory(weight)] > 1 else why_not_resident(weight)
         if config.residency == "resident" and why:
@@ -194,22 +207,24 @@ class PacaModel(BaseTuner):
             if isinstance(sibling, PacaLayer) and sibling.in_features == layer.in_features:
                 yield sibling.pretrained_weight()
             elif isinstance(sibling, nn.Linear) and sibling.in_features == layer.in_features:
-                yield sibling.weight
+                library = library_of(sibling)
+                yield sibling.weight if library is None else library.get_base_weight(sibling)
 
     def _report_residency(self, config: PacaConfig, adapter_name: str) -> None:
         """Print where the columns live; one line, louder if something cannot be resident."""
-        layers = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, PacaLayer) and adapter_name in module.paca_delta
-        ]
+        layers = [layer for layer in self._adapted_layers() if adapter_name in layer.paca_delta]
         swapped = {
             layer.name: getattr(self, "_swapped", {}).get(layer.name, "")
             for layer in layers
             if layer.residency == "swap"
         }
+        quantised = sum(layer.residency == "quantised" for layer in layers)
         logger.info(
-            "paca: %d layers adapted, %d resident, %d swapped", len(layers), len(layers) - len(swapped), len(swapped)
+            "paca: %d layers adapted, %d resident, %d swapped, %d quantised",
+            len(layers),
+            len(layers) - len(swapped) - quantised,
+            len(swapped),
+            quantised,
         )
         if reasons := {name: why for name, why in swapped.items() if why}:
             name, why = next(iter(reasons.items()))
@@ -229,10 +244,11 @@ class PacaModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, PacaLayer) and adapter_name in module.paca_delta:
                 delta = module.paca_delta[adapter_name]
-                module.paca_delta[adapter_name] = nn.Parameter(
-                    delta.to(module.get_base_layer().weight.dtype), delta.requires_grad
-                )
+                module.paca_delta[adapter_name] = nn.Parameter(delta.to(module.adapted.dtype), delta.requires_grad)
                 module.sync()
+
+    def _adapted_layers(self) -> list[PacaLayer]:
+        return [module for module in self.model.modules() if isinstance(module, PacaLayer)]
 
     # ------------------------------------------------------------------ adapters together
 
@@ -322,6 +338,13 @@ class PacaModel(BaseTuner):
 
     # ------------------------------------------------------------------ leaving and saving
 
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Take the adapters off; merged into a quantised base, the layers are ordinary ones afterwards."""
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if merge and is_noted_quantised(model) and not has_quantised_layers(model):
+            forget_quantisation(model)
+        return model
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -334,7 +357,7 @@ class PacaModel(BaseTuner):
         """Select the adapter's tensors, and note in its config which base columns they belong to."""
         if isinstance(config, PacaConfig):
             config.base_fingerprint = {
-                layer.name: fingerprint(layer.base_columns(adapter_name), layer.in_features)
+                layer.name: layer.adapted.fingerprint(layer.paca_indices[adapter_name])
                 for layer in model.modules()
                 if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.has_values(adapter_name)
             } or None
@@ -351,6 +374,12 @@ class PacaModel(BaseTuner):
         expand = expanded(state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, expand)
         return remapped
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the parameters that are not quantised, torch's default if there are none."""
+    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(plain, torch.get_default_dtype())
 
 
 def _memory(weight: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -119,6 +120,33 @@ def write_index_copy(writes: Sequence[ColumnWrite]) -> None:
     """Write columns with `index_copy_`, one call a weight."""
     for write in writes:
         write.weight.index_copy_(1, write.index, write.values())
+
+
+class Form(str, Enum):
+    """How a layer with a quantised weight and trained columns makes its product."""
+
+    OVERLAY = "overlay"  # one GEMM with the dequantised weight, the trained columns put in
+    SPLIT = "split"  # the library's own kernel, and the trained columns' part by itself
+
+
+def form_exact(dequantises: bool, trains: bool) -> Form:
+    """Choose the cheaper form whose untrained output has the library's own bits.
+
+    Args:
+        dequantises: whether the library's training forward dequantises the weight and multiplies.
+        trains: whether a gradient is wanted; without one, libraries have kernels that do not dequantise.
+    """
+    return Form.OVERLAY if dequantises and trains else Form.SPLIT
+
+
+def form_overlay(dequantises: bool, trains: bool) -> Form:
+    """Choose one GEMM always: the weight's precision, where the library would round activations too."""
+    return Form.OVERLAY
+
+
+def form_split(dequantises: bool, trains: bool) -> Form:
+    """Choose the library's own kernel always."""
+    return Form.SPLIT
 
 
 def write_index_put(writes: Sequence[ColumnWrite]) -> None:
