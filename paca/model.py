@@ -73,7 +73,7 @@ class PacaModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
             source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
-            start_from_checkpoint(self._adapted_layers(), adapter_name, source)
+            start_from_checkpoint(self._adapted_layers(), adapter_name, str(source))
         self._report_residency(config, adapter_name)
 
     @classmethod
@@ -338,12 +338,12 @@ class PacaModel(BaseTuner):
 
     # ------------------------------------------------------------------ leaving and saving
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Take the adapters off; merged into a quantised base, the layers are ordinary ones afterwards."""
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if merge and is_noted_quantised(model) and not has_quantised_layers(model):
-            forget_quantisation(model)
-        return model
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge and is_noted_quantised(self.model) and not has_quantised_layers(self.model):
+            forget_quantisation(self.model)
+        return self.model
 
     @classmethod
     def _get_adapter_state_dict(

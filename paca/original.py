@@ -53,7 +53,7 @@ def _weights(checkpoint: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Read the weights of some layers, one at a time."""
     files = _files(checkpoint)
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in sorted(set(files.values()))}  # type: ignore[no-untyped-call]
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in sorted(set(files.values()))}
         for name in names:
             if file := files.get(f"{name}.weight"):
                 yield name, opened[file].get_tensor(f"{name}.weight")
@@ -61,7 +61,7 @@ def _weights(checkpoint: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _files(checkpoint: str) -> dict[str, str]:
     """Return which file has which tensor."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     index = cached_file(checkpoint, _INDEX, **missing) if checkpoint else None
@@ -75,5 +75,5 @@ def _files(checkpoint: str) -> dict[str, str]:
             f"start_from='checkpoint' reads the base's own values, but {checkpoint or 'a model made in memory'} has no "
             f"{_WEIGHTS}; use start_from='loaded'"
         )
-    with safe_open(whole, framework="pt") as tensors:  # type: ignore[no-untyped-call]
+    with safe_open(whole, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), str(whole))

@@ -264,14 +264,15 @@ class QuantisedWeight(AdaptedWeight):
         trains = torch.is_grad_enabled() and (
             delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        form = self.ops.quantised_form(self.dequantises_to_multiply, trains)
+        form = self.ops.quantised_form(self.dequantises_to_multiply, trains) if self.can_dequantise else Form.SPLIT
         xs = gather(x, cast_x) if (trains and delta.requires_grad) or form is Form.SPLIT else None
+        y: Tensor
         if not self.can_dequantise:
-            y: Tensor = self.layer(x)
-            return y + ColumnsAlone.apply(x, xs, delta, columns.index, scale, self.ops).to(y.dtype)  # type: ignore[no-untyped-call]
-        if form is Form.SPLIT:  # the library casts as it likes
-            return QuantisedLinear.apply(x, xs, bias, delta, columns.index, scale, self, form)  # type: ignore[no-untyped-call, no-any-return]
-        y = QuantisedLinear.apply(cast_x, xs, bias, delta, columns.index, scale, self, form)  # type: ignore[no-untyped-call]
+            y = self.layer(x)
+            y = y + ColumnsAlone.apply(x, xs, delta, columns.index, scale, self.ops).to(y.dtype)  # type: ignore[no-untyped-call]
+            return y
+        given = x if form is Form.SPLIT else cast_x  # the library casts as it likes
+        y = QuantisedLinear.apply(given, xs, bias, delta, columns.index, scale, self, form)  # type: ignore[no-untyped-call]
         return y.to(x.dtype) if self.dequantises_to_multiply else y
 
 

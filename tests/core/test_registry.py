@@ -85,6 +85,7 @@ def test_strategies_are_named_printable_and_overridable():
         "gemm": "torch",
         "grad_columns": "thin_first",
         "write": "index_copy",
+        "quantised": "exact",
         "graph": "eager",
     }
     backend = paca.set_backend("cpu", gather="one_hot", graph="compile")
