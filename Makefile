@@ -29,7 +29,7 @@ help: ## list the commands
 demo: $(VENV)/.quickstart ## fine-tune a real pretrained model on real text, and show what changed
 	$(BIN)/paca train recipes/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.quickstart ## run all tests
+test: $(VENV)/.quickstart $(VENV)/.quant ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interpreted on the CPU, compiled for GPUs, and run if there is one
@@ -61,7 +61,7 @@ lock: $(VENV)/.installed ## write requirements/constraints.txt anew from pyproje
 	$(PIP_INSTALL) uv
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock.sh $(ARGS)
 
-setup: $(VENV)/.quickstart ## make the virtual environment and install everything into it, pinned
+setup: $(VENV)/.quickstart $(VENV)/.quant ## make the virtual environment and install everything into it, pinned
 
 clean: ## remove .venv, what was built and what tools have cached
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -74,6 +74,11 @@ $(VENV)/torch.txt: ci/venv.sh
 $(VENV)/.installed: $(VENV)/torch.txt pyproject.toml paca/_version.py $(LOCK)
 	@echo "Installing paca and the pinned packages it needs; the first time takes some minutes"
 	@$(PIP_INSTALL) -c $(VENV)/torch.txt -c $(LOCK) -e '.[dev]'
+	@touch $@
+
+# torchao is not among the other packages because transformers imports it wherever it finds it, and it then has much to say.
+$(VENV)/.quant: $(VENV)/.installed
+	@$(PIP_INSTALL) -c $(VENV)/torch.txt -c $(LOCK) -e '.[quant]'
 	@touch $@
 
 $(VENV)/.quickstart: $(VENV)/.installed requirements/quickstart.txt

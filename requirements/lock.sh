@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 lock=requirements/constraints.txt
 
-uv pip compile pyproject.toml requirements/build.in --extra dev --universal --python-version 3.10 \
+uv pip compile pyproject.toml requirements/build.in --extra dev --extra quant --universal --python-version 3.10 \
     --no-annotate --no-header --quiet --output-file "$lock" "$@" >/dev/null
 
 # torch is installed beforehand, and only its CUDA builds need the rest of these.
