@@ -268,6 +268,21 @@ def test_optimizers_of_bitsandbytes_train_the_columns_that_are_used(quantised, o
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
+def test_a_batch_can_mix_adapters(quantised, name):
+    model = adapted(quantised(name))
+    model.add_adapter("second", paca.PacaConfig(r=6, paca_alpha=6, target_modules="all-linear", random_seed=7))
+    for layer in layers(model):
+        for delta in layer.paca_delta.values():
+            nn.init.normal_(delta, std=0.05)
+    model.eval()
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["second", "default"]).logits
+        for row, adapter in enumerate(["second", "default"]):
+            model.set_adapter(adapter)
+            assert torch.allclose(mixed[row], model(input_ids=IDS).logits[row], atol=1e-5)
+
+
 class Sealed(nn.Module):
     """A linear layer of a library that gives its weight to nobody."""
 
