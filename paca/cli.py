@@ -107,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from paca.bench import main as bench
 
         return int(bench(words[1:]) or 0)
+    if words[:1] == ["parity"]:
+        from paca.parity.command import main as parity
+
+        return parity(words[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(words)
     if options.run is None:
@@ -244,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps to record, 5 by default")
 
     command("bench", None, "compare speed and memory with LoRA and full fine-tuning", add_help=False)
+    command("parity", None, "prove that this machine's devices compute what another's did", add_help=False)
     command("env", _env, "print versions, backends and devices for a bug report")
     return parser
 

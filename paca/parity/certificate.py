@@ -1,0 +1,114 @@
+"""Proves, while a computation runs, that no device may give other bits: nothing in it can round.
+
+Each operation's result is compared with the same operation in float64: equal means it was not rounded to its dtype. For
+sums and products the terms are counted in units of their last common binary place: if Σ|a||b| is at most 2^24 units,
+every partial sum in any order, tree or split is an integer number of units that float32 holds. By induction over the
+operations the whole computation has one possible result, wherever sums are formed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+
+# Operations that sum, each linear in what it sums: on absolute values it gives Σ|a||b|.
+_SUMS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.dot, aten.mv, aten.linear, aten.sum}
+# Results that no number of the computation goes into: unwritten memory, random numbers, comparisons.
+_NO_VALUES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+_NO_VALUES |= {aten.uniform_, aten.normal_, aten.equal}
+
+
+class NotExactError(ArithmeticError):
+    """An operation rounds, or could round in another order; the message names it."""
+
+
+class Certificate(TorchDispatchMode):
+    """`with Certificate():` raises NotExactError at the first operation that is not exact in every order.
+
+    Args:
+        accumulator_bits: of the significand in which a device forms sums.
+
+    Attributes:
+        operations: how many were proved exact.
+        largest: the largest Σ|a||b| so far in units of its last place, as a power of two.
+    """
+
+    def __init__(self, accumulator_bits: int = 24) -> None:
+        super().__init__()
+        self.accumulator_bits = accumulator_bits
+        self.operations = 0
+        self.largest = -math.inf
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and prove it exact."""
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if func.is_view or packet in _NO_VALUES or func.namespace != "aten":
+            return func(*args, **kwargs)
+        wide_args = tree_map(_widened, args)  # before an in-place operation changes them
+        wide_kwargs = {name: _wide_dtype(tree_map(_widened, value)) for name, value in kwargs.items()}
+        if packet in _SUMS:
+            self._check_sum(func, args, kwargs)
+        result = func(*args, **kwargs)
+        exact = func(*wide_args, **wide_kwargs)
+        found = [result] if func._schema.returns else [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        wanted = [exact] if func._schema.returns else [w for w in tree_leaves(wide_args) if isinstance(w, Tensor)]
+        for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point() and not torch.equal(a.double(), b.double()):
+                raise NotExactError(f"{func} rounds to {a.dtype}")
+        self.operations += 1
+        return result
+
+    def _check_sum(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Bound every partial sum of an operation."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        # The last two are multiplied; what stands before them, and the bias of a linear, is added.
+        if func.overloadpacket is aten.sum:
+            place = _last_place(tensors[0])
+        elif func.overloadpacket is aten.linear:
+            place = min([_last_place(tensors[0]) + _last_place(tensors[1]), *map(_last_place, tensors[2:])])
+        else:
+            place = min([_last_place(tensors[-2]) + _last_place(tensors[-1]), *map(_last_place, tensors[:-2])])
+        wide = {name: _wide_dtype(value) for name, value in kwargs.items()}
+        total = func(*tree_map(lambda x: _widened(x, absolute=True), args), **wide)
+        highest = float(total.max()) if total.numel() else 0.0
+        if highest == 0.0:
+            return
+        bits = math.log2(highest) - place
+        self.largest = max(self.largest, bits)
+        if bits > self.accumulator_bits:
+            raise NotExactError(
+                f"{func}: a partial sum can need {math.ceil(bits)} bits, more than the {self.accumulator_bits} of the "
+                "accumulator"
+            )
+
+
+def _widened(x: Any, absolute: bool = False) -> Any:
+    """Return a float64 copy of a floating-point tensor; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        copy = x.detach().to(torch.float64, copy=True)
+        return copy.abs() if absolute else copy
+    return x
+
+
+def _wide_dtype(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+
+def _last_place(x: Tensor) -> float:
+    """Return the exponent of the last binary place that any element uses; inf for zeros."""
+    values = x.detach().double().flatten()
+    values = values[values != 0]
+    if not len(values):
+        return math.inf
+    mantissa, exponent = torch.frexp(values)
+    significand = (mantissa * 2.0**53).long()
+    lowest = significand & -significand  # the lowest set bit
+    return float((torch.frexp(lowest.double())[1] - 1 + exponent - 53).min())

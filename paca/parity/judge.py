@@ -1,0 +1,112 @@
+"""Decides whether a computed result is the one it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paca.parity.cases import BITWISE, Case, Truth, truths
+from paca.parity.findings import Status
+from paca.parity.formats import first_difference, name_of, ulp_distance
+from paca.parity.trajectory import Tolerance, Trajectory, drift
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a result compares; see `Finding`."""
+
+    status: Status
+    fraction: float | None = None
+    detail: str = ""
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the worst status with the first reason for it, and the largest fraction."""
+    listed = list(verdicts)
+    order = list(Status)
+    found = max(listed, key=lambda verdict: order.index(verdict.status))  # the first of several
+    fractions = [verdict.fraction for verdict in listed if verdict.fraction is not None]
+    return Verdict(found.status, max(fractions, default=None), found.detail)
+
+
+def judge(case: Case, found: Mapping[str, Tensor]) -> Verdict:
+    """Compare results of a case, named as in `cases.OUTPUTS`, with what they should be.
+
+    In the bitwise tier they must be the recorded bits. In the bounded tier each must be within its bound of float64;
+    products are held to the weight that this machine wrote, which is compared by itself.
+    """
+    adapted, after = (found.get(name, case.expected[name]) for name in ("adapted", "adapted_after"))
+    exact = truths(case, adapted, after)
+    verdicts = []
+    for name, value in found.items():
+        place = f"{case.name} {name}"
+        if name == "restored":
+            verdicts.append(same_bits(value, case.inputs["weight"], place))
+        elif case.tier == BITWISE or exact[name].bound is None:
+            verdicts.append(same_bits(value, case.expected[name], place))
+        else:
+            verdicts.append(within_bound(value, exact[name], place))
+    return worst(verdicts)
+
+
+def same_bits(found: Tensor, expected: Tensor, place: str) -> Verdict:
+    """Demand the same shape, dtype and bits; the sign of a zero aside."""
+    if mismatch := _other_kind(found, expected.shape, expected.dtype):
+        return Verdict(Status.FAILED, detail=f"{place}: {mismatch}")
+    difference = first_difference(found, expected)
+    if difference is None:
+        return Verdict(Status.IDENTICAL)
+    return Verdict(Status.FAILED, detail=f"{place}: {difference}")
+
+
+def within_bound(found: Tensor, truth: Truth, place: str) -> Verdict:
+    """Demand the shape, dtype and, for each element, an error within the bound."""
+    if mismatch := _other_kind(found, truth.exact.shape, truth.dtype):
+        return Verdict(Status.FAILED, detail=f"{place}: {mismatch}")
+    assert truth.bound is not None
+    error = (found.double() - truth.exact).abs()
+    outside = ~(error <= truth.bound)  # a nan is outside
+    fractions = torch.where(truth.bound > 0, error / truth.bound, torch.where(error > 0, torch.inf, 0.0))
+    fraction = float(fractions.nan_to_num(torch.inf).max()) if found.numel() else 0.0
+    if not bool(outside.any()):
+        return Verdict(Status.WITHIN_BOUND, fraction)
+    index = tuple(outside.nonzero()[0].tolist())
+    apart = int(ulp_distance(found[index], truth.exact[index].to(truth.dtype)))
+    where = ", ".join(map(str, index))
+    detail = (
+        f"{place}: [{where}] is {float(found[index]):.9g}, exactly {float(truth.exact[index]):.9g}, {apart} ulp apart: "
+        f"an error of {float(error[index]):.3g} where rounding explains {float(truth.bound[index]):.3g}; "
+        f"{int(outside.sum())} of {found.numel()} elements are outside their bounds"
+    )
+    return Verdict(Status.FAILED, fraction, detail)
+
+
+def judge_trajectory(run: Trajectory, reference: Trajectory, tolerance: Tolerance) -> Verdict:
+    """Demand losses and deltas within their tolerances of the reference's."""
+    of_losses, of_deltas = drift(run, reference)
+    parts = [apart / allowed for apart, allowed in zip(of_losses, tolerance.losses, strict=True)]
+    parts.append(of_deltas / tolerance.deltas)
+    fraction = max((part if part == part else torch.inf for part in parts), default=0.0)  # a nan is outside
+    if fraction <= 1:
+        return Verdict(Status.WITHIN_BOUND, fraction)
+    for step, part in enumerate(parts[:-1]):
+        if not part <= 1:
+            detail = (
+                f"the loss of step {step + 1} is {run.losses[step]:.9g}, the reference's {reference.losses[step]:.9g}, "
+                f"and {tolerance.losses[step]:.3g} apart is allowed"
+            )
+            return Verdict(Status.FAILED, fraction, detail)
+    detail = f"the deltas are {of_deltas:.3g} of their size from the reference's, and {tolerance.deltas:.3g} is allowed"
+    return Verdict(Status.FAILED, fraction, detail)
+
+
+def _other_kind(found: Tensor, shape: torch.Size, dtype: torch.dtype) -> str:
+    """Say how shape or dtype differ from those wanted, or nothing."""
+    if found.dtype != dtype:
+        return f"came in {name_of(found.dtype)}, expected {name_of(dtype)}"
+    if found.shape != shape:
+        return f"came in shape {tuple(found.shape)}, expected {tuple(shape)}"
+    return ""

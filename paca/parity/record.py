@@ -1,0 +1,207 @@
+"""What travels between machines: inputs, the results one machine computed, and what machine that was.
+
+A folder with two files. `parity.json` holds the schema's version, where the record was made, the settings of each case
+and the tolerances of each trajectory; `parity.safetensors` holds the tensors, `<case>/inputs/<name>` and
+`<case>/expected/<name>`. docs/parity.md describes the schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paca.backend import Backend
+from paca.parity.cases import Case
+from paca.parity.formats import dtype_named, name_of
+from paca.parity.trajectory import Tolerance, Trajectory
+
+SCHEMA = 1
+REFERENCE = Path(__file__).parent / "reference"
+_DOCUMENT, _TENSORS = "parity.json", "parity.safetensors"
+_PACKAGES = ("torch", "transformers", "peft", "triton", "optimum-habana", "habana-torch-plugin")
+
+
+class RecordError(ValueError):
+    """A record that cannot be read; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that is compared.
+
+    Attributes:
+        made_by: the machine and software, by name; see `environment`.
+        cases: single layers.
+        block: weights and inputs of the exact block, the same for all dtypes.
+        block_expected: what training it gives, float32.
+        block_dtypes: in which it was proved exact.
+        model: weights and tokens of the tiny model.
+        trajectories: its runs by dtype.
+        tolerances: how far from them a run may be, by dtype.
+    """
+
+    made_by: Mapping[str, str]
+    cases: tuple[Case, ...]
+    block: Mapping[str, Tensor]
+    block_expected: Mapping[str, Tensor]
+    block_dtypes: tuple[torch.dtype, ...]
+    model: Mapping[str, Tensor]
+    trajectories: Mapping[torch.dtype, Trajectory]
+    tolerances: Mapping[torch.dtype, Tolerance]
+
+
+def environment(backend: Backend) -> dict[str, str]:
+    """Describe machine and software, without the name or a path of either."""
+    from paca._version import __version__
+
+    found = {"paca": __version__, "python": platform.python_version(), "system": platform.system()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    strategies = ", ".join(f"{kind}={choice}" for kind, choice in backend.strategies.items())
+    return found | {"backend": backend.name, "device": backend.describe(), "strategies": strategies}
+
+
+def write(record: Record, folder: Path) -> None:
+    """Write a record; the document comes last, so that a folder with one is complete.
+
+    Raises:
+        FileExistsError: if the folder holds a record already: records are evidence and are not overwritten.
+    """
+    if (folder / _DOCUMENT).exists():
+        raise FileExistsError(f"{folder} holds a record already; choose another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _prefixed("block/inputs", record.block) | _prefixed("block/expected", record.block_expected)
+    tensors |= _prefixed("model", record.model)
+    for case in record.cases:
+        tensors |= _prefixed(f"{case.name}/inputs", case.inputs) | _prefixed(f"{case.name}/expected", case.expected)
+    for dtype, trajectory in record.trajectories.items():
+        tensors |= _prefixed(f"trajectory/{name_of(dtype)}/deltas", trajectory.deltas)
+    partial = folder / f"{_TENSORS}.partial"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    os.replace(partial, folder / _TENSORS)
+    document = {
+        "schema": SCHEMA,
+        "made_by": dict(record.made_by),
+        "sha256": _digest(folder / _TENSORS),
+        "cases": [
+            {
+                "name": case.name,
+                "tier": case.tier,
+                "dtype": name_of(case.dtype),
+                "lead": list(case.lead),
+                "alpha": case.alpha,
+            }
+            for case in record.cases
+        ],
+        "block_dtypes": [name_of(dtype) for dtype in record.block_dtypes],
+        "trajectories": {
+            name_of(dtype): {
+                "losses": list(trajectory.losses),
+                "tolerance_of_losses": list(record.tolerances[dtype].losses),
+                "tolerance_of_deltas": record.tolerances[dtype].deltas,
+            }
+            for dtype, trajectory in record.trajectories.items()
+        },
+    }
+    partial = folder / f"{_DOCUMENT}.partial"
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / _DOCUMENT)
+
+
+def read(folder: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        RecordError: if it is missing, damaged or of another schema.
+    """
+    document = _document(folder)
+    try:
+        if _digest(folder / _TENSORS) != document["sha256"]:
+            raise RecordError(f"{folder / _TENSORS} is not the file that {_DOCUMENT} was written with; copy both again")
+        with safe_open(folder / _TENSORS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return _assembled(document, tensors)
+    except RecordError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{folder} is damaged: {error!r}; copy it again") from error
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / _DOCUMENT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(f"{folder} holds no {_DOCUMENT}; `paca parity record --out DIR` makes a record") from None
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{folder / _DOCUMENT} cannot be read: {error}; copy it again") from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise RecordError(
+            f"{folder} is a record of schema {schema}, this paca reads schema {SCHEMA}; record anew, or use the paca "
+            "that made it"
+        )
+    found: dict[str, Any] = document
+    return found
+
+
+def _assembled(document: dict[str, Any], tensors: dict[str, Tensor]) -> Record:
+    cases = tuple(
+        Case(
+            stored["name"],
+            stored["tier"],
+            dtype_named(stored["dtype"]),
+            tuple(stored["lead"]),
+            stored["alpha"],
+            _under(tensors, f"{stored['name']}/inputs"),
+            _under(tensors, f"{stored['name']}/expected"),
+        )
+        for stored in document["cases"]
+    )
+    runs = {dtype_named(name): stored for name, stored in document["trajectories"].items()}
+    return Record(
+        made_by=document["made_by"],
+        cases=cases,
+        block=_under(tensors, "block/inputs"),
+        block_expected=_under(tensors, "block/expected"),
+        block_dtypes=tuple(dtype_named(name) for name in document["block_dtypes"]),
+        model=_under(tensors, "model"),
+        trajectories={
+            dtype: Trajectory(tuple(run["losses"]), _under(tensors, f"trajectory/{name_of(dtype)}/deltas"))
+            for dtype, run in runs.items()
+        },
+        tolerances={
+            dtype: Tolerance(tuple(run["tolerance_of_losses"]), run["tolerance_of_deltas"])
+            for dtype, run in runs.items()
+        },
+    )
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors below a prefix, at least one."""
+    found = {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}/")}
+    if not found:
+        raise KeyError(prefix)
+    return found
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
