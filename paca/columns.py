@@ -306,7 +306,9 @@ class AdaptedWeight:
     def applied(self, x: Tensor, adapter: Adapter) -> Tensor:
         """Apply the layer with one adapter while it holds pretrained values, (…, in) to (…, out)."""
         base = self.pretrained_columns(adapter.index)
-        with columns_in(self.matrix, adapter.index, base, adapter.delta, adapter.scale, self.ops):
+        with columns_in(self.matrix, adapter.index, base, adapter.delta, adapter.scale, self.ops) as weight:
+            if torch.compiler.is_compiling():  # the columns are in a copy of the weight
+                return self.ops.forward(x, weight, self.layer.bias)  # type: ignore[arg-type]
             y: Tensor = self.layer(x)
         return y
 

@@ -180,7 +180,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         trains = any(adapter.delta.requires_grad for adapter in adapters)
         if not (torch.is_grad_enabled() and (trains or x.requires_grad or (bias is not None and bias.requires_grad))):
             base = None if resident else columns.base
-            with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops):
+            with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops) as weight:
+                if base is not None and torch.compiler.is_compiling():  # the columns are in a copy of the weight
+                    return adapted.ops.forward(x, weight, bias)
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
         if adapted.parameter.requires_grad:

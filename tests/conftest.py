@@ -9,8 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from parity_summary import pytest_terminal_summary
 
 from paca import registry
+
+__all__ = ["pytest_terminal_summary"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run demand devices: what is named and missing is an error, what is not named and missing is skipped."""
+    parser.addoption("--backend", action="append", default=[], metavar="NAME", help="compare this backend; repeatable")
 
 
 @pytest.fixture(autouse=True)

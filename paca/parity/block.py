@@ -60,6 +60,8 @@ def ternary(x: Tensor) -> Tensor:
 class ExactBlock(nn.Module):
     """Causal attention without softmax, then an MLP, each with a residual connection."""
 
+    causal: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name, (n_out, n_in) in LINEARS.items():
@@ -138,7 +140,7 @@ def block_model(numbers: Mapping[str, Tensor], dtype: torch.dtype, backend: Back
     block = block.to(dtype).to(backend.device())
     config = PacaConfig(r=RANK, paca_alpha=ALPHA, target_modules=list(LINEARS), residency=residency)
     with use_backend(backend.name, **backend.strategies):
-        return get_peft_model(block, config)  # type: ignore[arg-type]
+        return get_peft_model(block, config)
 
 
 def captured(block: nn.Module, backend: Backend) -> nn.Module:
@@ -154,7 +156,7 @@ def block_step(
     """Run forward and backward of one step; returns y."""
     x, gy = (numbers[name][step].to(dtype).to(backend.device()) for name in ("x", "gy"))
     y: Tensor = run(x)
-    y.backward(gy)  # type: ignore[no-untyped-call]
+    y.backward(gy)
     return y
 
 

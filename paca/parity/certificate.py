@@ -41,7 +41,7 @@ class Certificate(TorchDispatchMode):
     """
 
     def __init__(self, accumulator_bits: int = 24) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.accumulator_bits = accumulator_bits
         self.operations = 0
         self.largest = -math.inf

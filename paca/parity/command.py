@@ -101,7 +101,8 @@ def record_to(folder: Path, backend: str | None) -> int:
     with use_backend(backend or get_backend().name) as chosen:
         made = make_record(chosen, say=_progress)
     write(made, folder)
-    report = verify(read(folder), Selection(backends=[chosen.name]), say=_progress)
+    chosen_only = Selection(backends=[chosen.name], graphs=[chosen.graph_mode.value])
+    report = verify(read(folder), chosen_only, say=_progress)
     for line in summary(report):
         print(line)
     for finding in report.failed:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from paca import registry
-from paca.backend import Backend, Ops
+from paca.backend import Backend
+from paca.parity.replay import OPERATIONS
 
 # The dtypes that are compared where a backend's capabilities name them.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +24,7 @@ class Configuration:
     strategies: tuple[tuple[str, str], ...]  # kind, name; of every kind but graph
     graph: str
     changed: str  # the kind that is not the default, "" for none
+    default_graph: bool
 
     def make(self) -> Backend:
         """Return the backend set up this way; the one in use is left alone."""
@@ -81,7 +83,7 @@ def configurations(name: str) -> Iterator[Configuration]:
     for mode, (kind, strategies) in itertools.product(modes, alternatives):
         fields = {field for how in choices[kind].values() for field in how} if kind else set()
         if fields != {"write_columns"} or mode == modes[0]:
-            yield Configuration(name, tuple(strategies.items()), mode, kind)
+            yield Configuration(name, tuple(strategies.items()), mode, kind, mode == modes[0])
 
 
 def operation_choices(name: str) -> Iterator[OperationChoice]:
@@ -89,10 +91,10 @@ def operation_choices(name: str) -> Iterator[OperationChoice]:
     with registry.use_backend(name) as backend:
         for kind, known in backend.choices.items():
             for choice, fields in known.items():
-                for field in fields:
+                for field in filter(OPERATIONS.__contains__, fields):
                     yield OperationChoice(name, field, kind, choice)
         named = {field for known in backend.choices.values() for how in known.values() for field in how}
-        for field in Ops.__dataclass_fields__:
+        for field in OPERATIONS:
             if field not in named:
                 yield OperationChoice(name, field, "", "the only one")
 

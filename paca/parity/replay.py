@@ -33,9 +33,9 @@ def run_grad_input(case: Case, ops: Ops, device: torch.device) -> dict[str, Tens
 
 
 def run_grad_columns(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
-    """`gyᵀ xs`."""
+    """`s·gyᵀ xs`."""
     gathered = case.inputs["x"][:, case.inputs["index"]].to(device)
-    return {"grad_columns": ops.grad_columns(_gy(case, device), gathered.reshape(*case.lead, -1))}
+    return {"grad_delta": ops.grad_columns(_gy(case, device), gathered.reshape(*case.lead, -1), case.scale)}
 
 
 def run_write(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:

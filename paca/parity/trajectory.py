@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from paca import freshness
 from paca.backend import Backend
@@ -69,7 +70,7 @@ def train_model(numbers: Mapping[str, Tensor], dtype: torch.dtype, backend: Back
         parameter.data = parameter.detach().clone()
     config = PacaConfig(r=RANK, paca_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     with use_backend(backend.name, **backend.strategies):
-        model = get_peft_model(base.to(dtype).to(device), config)  # type: ignore[arg-type]
+        model = get_peft_model(base.to(dtype).to(device), config)
     layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
     try:
         run = captured(model, backend)
@@ -124,11 +125,11 @@ def one_ulp_off(values: Tensor, generator: torch.Generator) -> Tensor:
     return torch.nextafter(values, towards)
 
 
-def _empty_model() -> nn.Module:
+def _empty_model() -> Any:
     """Make the model without values for its weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -143,6 +144,6 @@ def _empty_model() -> nn.Module:
         eos_token_id=2,
     )
     state = torch.random.get_rng_state()
-    model: nn.Module = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     torch.random.set_rng_state(state)
     return model

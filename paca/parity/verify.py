@@ -115,10 +115,16 @@ def operation_findings(record: Record, choice: OperationChoice, selection: Selec
 
 
 def configuration_findings(record: Record, configuration: Configuration, selection: Selection) -> Iterator[Finding]:
-    """Compare whole training steps in one configuration: single layers, the exact block, the tiny model."""
+    """Compare whole training steps in one configuration: single layers, the exact block, the tiny model.
+
+    Capturing a graph can take long. In graph modes that are not the backend's default a single shape stands for all,
+    strategies that are not the default run one resident layer, and the tiny model is not trained.
+    """
     name, strategy, graph = configuration.backend, configuration.strategy, configuration.graph
-    for residency in RESIDENCIES:
-        for tier, dtype, cases in _grouped(record, name, selection):
+    everything, default_strategies = configuration.default_graph, not configuration.changed
+    for residency in RESIDENCIES if everything or default_strategies else RESIDENCIES[:1]:
+        for tier, dtype, of_all_shapes in _grouped(record, name, selection):
+            cases = of_all_shapes if everything else of_all_shapes[:1]
 
             def layers(cases: Sequence[Case] = cases, residency: str = residency) -> Verdict:
                 backend = configuration.make()
@@ -126,14 +132,15 @@ def configuration_findings(record: Record, configuration: Configuration, selecti
 
             yield _finding(layers, name, f"layer, {residency}", strategy, graph, dtype, tier)
     dtypes = coverage.dtypes_of(name)
-    for dtype in filter(dtypes.__contains__, record.block_dtypes if selection.wants(BITWISE) else ()):
+    trained_too = selection.wants(BITWISE) and (everything or default_strategies)
+    for dtype in filter(dtypes.__contains__, record.block_dtypes if trained_too else ()):
 
         def trained(dtype: torch.dtype = dtype) -> Verdict:
             found = block.train_block(record.block, dtype, configuration.make())
             return worst(same_bits(found[key], wanted, f"block {key}") for key, wanted in record.block_expected.items())
 
         yield _finding(trained, name, BLOCK, strategy, graph, dtype, BITWISE)
-    for dtype in filter(dtypes.__contains__, record.trajectories if selection.wants(TRAJECTORY) else ()):
+    for dtype in filter(dtypes.__contains__, record.trajectories if selection.wants(TRAJECTORY) and everything else ()):
 
         def run(dtype: torch.dtype = dtype) -> Verdict:
             found = train_model(record.model, dtype, configuration.make())

@@ -39,14 +39,14 @@ def forward_in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return (total if bias is None else total + bias).to(x.dtype)
 
 
-def grad_columns_in_bfloat16(gy: Tensor, xs: Tensor) -> Tensor:
+def grad_columns_in_bfloat16(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
     """The same for the gradient of the columns."""
     gy, xs = gy.reshape(-1, gy.shape[-1]), xs.reshape(-1, xs.shape[-1])
     parts = [a.t().float() @ b.float() for a, b in zip(gy.split(4), xs.split(4), strict=True)]
     total = parts[0].bfloat16()
     for part in parts[1:]:
         total = total + part.bfloat16()
-    return total.float()
+    return total.float() * scale
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def write_only_once(writes: Sequence[ColumnWrite]) -> None:
     )
 
 
-def grad_columns_narrow(gy: Tensor, xs: Tensor) -> Tensor:
+def grad_columns_narrow(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
     """Return the gradient in the dtype of what was multiplied."""
-    return strategies.grad_columns_matmul(gy, xs).to(gy.dtype)
+    return strategies.grad_columns_matmul(gy, xs, scale).to(gy.dtype)
 
 
 def no_gather(x: Tensor, index: Tensor) -> Tensor:

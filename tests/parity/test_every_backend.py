@@ -1,0 +1,120 @@
+"""Every backend, strategy, graph mode and dtype that this machine has, against the record that paca ships (rule 9).
+
+What is compared comes from the backends themselves: their choices and capabilities. One that cannot be used is skipped
+with its reason, unless `--backend` names it: then it is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from parity_summary import LEFT_OUT, note
+
+from paca import registry
+from paca.errors import BackendUnavailableError
+from paca.parity import coverage
+from paca.parity.cases import BITWISE
+from paca.parity.findings import Status
+from paca.parity.record import REFERENCE, Record, read
+from paca.parity.verify import BLOCK, MODEL, Selection, audit, configuration_findings, operation_findings
+
+
+@pytest.fixture(scope="session")
+def record() -> Record:
+    return read(REFERENCE)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted = {"choice": coverage.operation_choices, "configuration": coverage.configurations}
+    for argument, listed in wanted.items():
+        if argument not in metafunc.fixturenames:
+            continue
+        parameters = []
+        try:
+            backends = coverage.chosen_backends(metafunc.config.getoption("--backend"))
+        except (BackendUnavailableError, ValueError) as error:
+            raise pytest.UsageError(f"--backend: {error}") from error
+        for name, why in backends.items():
+            if why is not None:
+                parameters.append(pytest.param((name, why), id=f"{name}-unavailable"))
+                continue
+            parameters += [pytest.param(value, id=label(value)) for value in listed(name)]
+        metafunc.parametrize(argument, parameters)
+
+
+def label(value: coverage.Configuration | coverage.OperationChoice) -> str:
+    if isinstance(value, coverage.OperationChoice):
+        return f"{value.backend}-{value.field}-{value.name}"
+    return f"{value.backend}-{value.strategy}-{value.graph}"
+
+
+def skip_unless_usable(parameter: object, record_property) -> None:
+    if isinstance(parameter, tuple):
+        record_property(LEFT_OUT, parameter)
+        pytest.skip(f"backend {parameter[0]}: {parameter[1]}")
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Capture graphs as torch.compile does, but run them with the kernels of eager mode: generating code is slow."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+
+
+def assert_no_failure(findings, record_property) -> None:
+    note(record_property, findings)
+    assert findings
+    assert [str(finding) for finding in findings if finding.status is Status.FAILED] == []
+
+
+def test_each_strategy_of_each_operation(record, choice, record_property):
+    skip_unless_usable(choice, record_property)
+    assert_no_failure(list(operation_findings(record, choice, Selection())), record_property)
+
+
+def test_training_steps(record, configuration, record_property, traced_only):
+    """A layer of each residency, a block over several optimizer steps, a model in training; bits, bounds, drift."""
+    skip_unless_usable(configuration, record_property)
+    findings = list(configuration_findings(record, configuration, Selection()))
+    assert_no_failure(findings, record_property)
+    operations = {finding.operation for finding in findings}
+    if configuration.default_graph:
+        assert operations == {"layer, resident", "layer, swap", BLOCK, MODEL}
+    elif not configuration.changed:
+        assert operations == {"layer, resident", "layer, swap", BLOCK}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_generated_code_gives_the_recorded_bits(record, record_property):
+    """The CPU's default strategies through the whole compiler, once; `paca parity verify` does it for all."""
+    torch.compiler.reset()
+    compiled = next(c for c in coverage.configurations("cpu") if c.graph == "compile" and not c.changed)
+    one_dtype = [case for case in record.cases if case.dtype == torch.bfloat16]
+    one_dtype = Record(**{**vars(record), "cases": tuple(one_dtype), "block_dtypes": ()})
+    assert_no_failure(list(configuration_findings(one_dtype, compiled, Selection(tiers=[BITWISE]))), record_property)
+
+
+def test_the_record_itself_is_exact(record, record_property):
+    assert_no_failure(list(audit(record, Selection())), record_property)
+
+
+def test_all_strategies_graph_modes_and_dtypes_of_a_backend_are_covered():
+    with registry.use_backend("cpu") as backend:
+        choices, capabilities = backend.choices, backend.capabilities
+    listed = list(coverage.configurations("cpu"))
+    assert {c.graph for c in listed} == {mode.value for mode in capabilities.graph_modes}
+    for kind, known in choices.items():
+        assert {dict(c.strategies)[kind] for c in listed} == set(known)
+        assert {c.name for c in coverage.operation_choices("cpu") if c.kind == kind} == set(known)
+    assert set(coverage.dtypes_of("cpu")) == set(coverage.DTYPES)
+
+
+def test_a_backend_that_is_named_and_cannot_be_used_is_an_error(monkeypatch):
+    monkeypatch.setitem(registry.BUILT_IN, "asleep", "paca_dummy:AsleepBackend")
+    monkeypatch.syspath_prepend("tests/plugin")
+    assert coverage.chosen_backends([])["asleep"] == "it sleeps"
+    with pytest.raises(BackendUnavailableError, match="it sleeps"):
+        coverage.chosen_backends(["asleep"])
