@@ -45,6 +45,8 @@ class Ops:
     write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
     # Columns that form at most so many runs of neighbours are gathered by slices instead; None: however many they are.
     runs_to_slice: int | None = 0
+    # gys, weights -> Σ gy·weight for layers that read the same input, which then run together; None: each runs alone.
+    grad_input_sum: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
     # Called before and after the columns of a step are written, so that they are a graph of their own.
     end_graph: Callable[[], None] = strategies.run_at_once
     quantised_form: Callable[[bool, bool], Form] = strategies.form_exact  # library dequantises, trains -> form
@@ -73,6 +75,16 @@ PLAIN_TORCH: Choices = MappingProxyType(
             "overlay": {"quantised_form": strategies.form_overlay},
             "split": {"quantised_form": strategies.form_split},
         },
+    }
+)
+
+# For devices where an addition of the size of an activation costs more than a GEMM that adds to its output.
+SHARED_INPUT: Choices = MappingProxyType(
+    {
+        "shared_input": {
+            "together": {"grad_input_sum": strategies.grad_input_addmm},
+            "alone": {"grad_input_sum": None},
+        }
     }
 )
 

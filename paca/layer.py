@@ -21,6 +21,7 @@ from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
 from paca.quantised import QuantisedWeight, library_of
 from paca.select import checked_columns
+from paca.shared_input import SharedInput
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a list of adapter names
@@ -76,6 +77,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # In a mixed batch: the adapter of each row, and of each row that beam search makes of it.
         self.row_adapters: tuple[Sequence[str], Sequence[str]] | None = None
+        self.shared_input: SharedInput | None = None  # the layers that read what this one reads
         self._disable_adapters = False
         freshness.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -191,6 +193,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
             )
         cast_x = x.to(_compute_dtype(x))
+        if self.shared_input is not None and (shared := self.shared_input.output(self, x, cast_x)) is not None:
+            return shared
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
             cast_x,
             self._gathered(x, cast_x) if trains else None,
@@ -204,6 +208,21 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             adapted.ops,
         )
         return y
+
+    def trains_resident(self, device: torch.device) -> bool:
+        """Whether a forward on that device would train all active adapters with the columns in the weight."""
+        adapters = self.held_adapters()
+        weight = self.adapted.parameter
+        return bool(
+            adapters
+            and not self.merged
+            and self.row_adapters is None
+            and self.adapted.columns is not None
+            and self.adapted.residency == "resident"
+            and all(adapter.delta.requires_grad for adapter in adapters)
+            and not weight.requires_grad
+            and weight.device == device
+        )
 
     @torch.no_grad()
     def _forward_rows(self, x: Tensor, names: Sequence[str], rows: Sequence[str]) -> Tensor:

@@ -11,9 +11,9 @@ around each GEMM (*swap*).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Held:
         self.key: object = None
 
 
+_CHANGED = (
+    "the adapted columns changed between forward and backward (by an optimizer step, a switch of adapters or a load); "
+    "run backward before changing them, or repeat the forward"
+)
 _backwards = 0
 
 
@@ -102,10 +106,7 @@ class PacaLinear(Function):
         gx = gbias = gdelta = None
         if ctx.needs_input_grad[0]:
             if ctx.held is not None and ctx.held.key != ctx.key:
-                raise StaleColumnsError(
-                    "the adapted columns changed between forward and backward (by an optimizer step, a switch of "
-                    "adapters or a load); run backward before changing them, or repeat the forward"
-                )
+                raise StaleColumnsError(_CHANGED)
             with columns_in(weight, index, base, delta, ctx.scale, ctx.ops) as adapted:
                 gx = ctx.ops.grad_input(gy, adapted.to(gy.dtype))
         if ctx.needs_input_grad[3]:
@@ -113,6 +114,61 @@ class PacaLinear(Function):
         if ctx.needs_input_grad[4]:
             gdelta = ctx.ops.grad_columns(gy, xs, ctx.scale)
         return gx, None, None, gbias, gdelta, None, None, None, None, None
+
+
+class Reader(NamedTuple):
+    """One of several layers that read the same input."""
+
+    weight: Tensor  # (out, in), resident
+    held: Held
+    scale: float
+    first: int  # its channels among those gathered for all
+    last: int
+
+
+class PacaLinears(Function):
+    """`PacaLinears.apply(x, xs, readers, ops, bias, delta, bias, delta, …)` returns a y, (…, out), for each reader.
+
+    The same as one `PacaLinear` for each, except that their dX are summed by `ops.grad_input_sum`.
+
+    Args of `apply`:
+        x: (…, in); xs: the channels of x that any of them trains, (…, all r).
+        readers: a `Reader` for each layer.
+        ops: the backend's operations.
+        bias, delta: (out,) or None, and (out, r), of each reader in turn.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, xs: Tensor, readers: Sequence[Reader], ops: Ops, *tensors: Any) -> Any:
+        """Compute each Y and keep what the gradients need."""
+        ctx.readers, ctx.ops = readers, ops
+        ctx.keys = [reader.held.key for reader in readers]
+        ctx.save_for_backward(xs)
+        ctx.set_materialize_grads(False)
+        return tuple(ops.forward(x, reader.weight, bias) for reader, bias in zip(readers, tensors[::2], strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Any, ...]:
+        """Compute dX, and db and dΔ of each, only if asked for and of the outputs that were used."""
+        global _backwards
+        _backwards += 1
+        (xs,) = ctx.saved_tensors
+        gx = None
+        used = [(gy, reader, key) for gy, reader, key in zip(gys, ctx.readers, ctx.keys, strict=True) if gy is not None]
+        if ctx.needs_input_grad[0] and used:
+            if any(reader.held.key != key for _, reader, key in used):
+                raise StaleColumnsError(_CHANGED)
+            gx = ctx.ops.grad_input_sum(
+                [gy for gy, _, _ in used], [reader.weight.to(gy.dtype) for gy, reader, _ in used]
+            )
+        grads: list[Tensor | None] = []
+        for number, (gy, reader) in enumerate(zip(gys, ctx.readers, strict=True)):
+            wants_bias, wants_delta = ctx.needs_input_grad[4 + 2 * number : 6 + 2 * number]
+            grads.append(grad_bias(gy) if wants_bias and gy is not None else None)
+            columns = xs[..., reader.first : reader.last]
+            grads.append(ctx.ops.grad_columns(gy, columns, reader.scale) if wants_delta and gy is not None else None)
+        return gx, None, None, None, *grads
 
 
 def grad_bias(gy: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from paca.original import start_from_checkpoint
 from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
+from paca.shared_input import share_inputs
 
 logger = logging.getLogger("paca")
 
@@ -74,6 +75,7 @@ class PacaModel(BaseTuner):
         if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
             source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
             start_from_checkpoint(self._adapted_layers(), adapter_name, str(source))
+        share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
 
     @classmethod

@@ -55,6 +55,15 @@ def grad_input_matmul(gy: Tensor, weight: Tensor) -> Tensor:
     return gy @ weight
 
 
+def grad_input_addmm(gys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all dY W, each product added to the sum by its GEMM; (…, in)."""
+    lead = gys[0].shape[:-1]
+    total = _tokens(gys[0]) @ weights[0]
+    for gy, weight in zip(gys[1:], weights[1:], strict=True):
+        total.addmm_(_tokens(gy), weight)
+    return total.reshape(*lead, weights[0].shape[1])
+
+
 def grad_columns_thin_first(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
     """Return s·dYᵀ Xs as (Xsᵀ dY)ᵀ, summed in float32 (float64 stays float64).
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from packaging.version import Version
 
-from paca.backend import PLAIN_TORCH, Backend, Capabilities, Choices, GraphMode, Memory, Ops
+from paca.backend import PLAIN_TORCH, SHARED_INPUT, Backend, Capabilities, Choices, GraphMode, Memory, Ops
 from paca.errors import BackendUnavailableError
-from paca.strategies import write_index_copy
+from paca.strategies import grad_input_addmm, write_index_copy
 from paca_cuda.ops import why_no_triton
 from paca_cuda.strategies import (
     gather_triton,
@@ -51,6 +51,7 @@ class CUDABackend(Backend):
     choices: ClassVar[Choices] = MappingProxyType(
         {
             **PLAIN_TORCH,
+            **SHARED_INPUT,
             "gather": {**PLAIN_TORCH["gather"], "triton": {"gather": gather_triton}},
             "grad_columns": {
                 "tuned": {"grad_columns": grad_columns_tuned},
@@ -61,7 +62,9 @@ class CUDABackend(Backend):
             "write": {"multi_tensor": {"write_columns": write_multi_tensor}, **PLAIN_TORCH["write"]},
         }
     )
-    default_ops: ClassVar[Ops] = Ops(grad_columns=grad_columns_tuned, write_columns=write_multi_tensor)
+    default_ops: ClassVar[Ops] = Ops(
+        grad_columns=grad_columns_tuned, write_columns=write_multi_tensor, grad_input_sum=grad_input_addmm
+    )
 
     def __init__(self, **strategies: str) -> None:
         super().__init__(**strategies)
