@@ -195,6 +195,7 @@ def test_a_checkpointed_part_of_a_row_is_right(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_block_compiles_whole_and_its_layers_run_alone_in_it(monkeypatch):
     torch._dynamo.reset()
     model = made(monkeypatch, "together")
