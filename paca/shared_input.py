@@ -111,6 +111,9 @@ def share_inputs(layers: Iterable[tuple[str, PacaLayer]]) -> None:
     """Tell layers, given with their paths in the model, which others read the same input."""
     rows: dict[tuple[object, ...], list[PacaLayer]] = {}
     for name, layer in layers:
+        if layer.residency != "resident":
+            layer.shared_input = None
+            continue
         row = shared_name(name), layer.in_features, layer.adapted.ops
         rows.setdefault(row, []).append(layer)
     for (_, _, ops), members in rows.items():
