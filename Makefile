@@ -61,7 +61,7 @@ lock: $(VENV)/.installed ## write requirements/constraints.txt anew from pyproje
 	$(PIP_INSTALL) uv
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock.sh $(ARGS)
 
-setup: $(VENV)/.quickstart $(VENV)/.quant ## make the virtual environment and install everything into it, pinned
+setup: $(VENV)/.quickstart ## make the virtual environment and install everything into it, pinned
 
 clean: ## remove .venv, what was built and what tools have cached
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
