@@ -34,6 +34,7 @@ test: $(VENV)/.quickstart $(VENV)/.quant ## run all tests
 
 test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interpreted on the CPU, compiled for GPUs, and run if there is one
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --backend cuda-interpreted tests/parity/test_every_backend.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
 
 lint: $(VENV)/.installed ## check style, formatting and which module may import which

@@ -18,6 +18,7 @@ GROUP = "paca.backends"
 BUILT_IN = {
     "cpu": "paca_cpu:CPUBackend",
     "cuda": "paca_cuda:CUDABackend",
+    "cuda-interpreted": "paca_cuda.interpreted:InterpretedBackend",
     "hpu": "paca_hpu:HPUBackend",
     "hpu-rehearsal": "paca_hpu:RehearsalBackend",
 }

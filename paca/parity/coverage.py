@@ -15,6 +15,9 @@ from paca.parity.replay import OPERATIONS
 # The dtypes that are compared where a backend's capabilities name them.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# The fields of `Ops` that a layer with a dense weight uses.
+OF_DENSE_LAYERS = frozenset({*OPERATIONS, "runs_to_slice", "end_graph"})
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -68,7 +71,8 @@ def chosen_backends(names: Sequence[str]) -> dict[str, str | None]:
 def configurations(name: str) -> Iterator[Configuration]:
     """List the ways to run a backend: its defaults, then each other strategy in turn, in every graph mode.
 
-    Strategies that only write columns come once: no graph holds a write.
+    Strategies that only write columns come once: no graph holds a write. Those that choose nothing that a layer with a
+    dense weight does (the forms of quantised bases) are left out: nothing here is quantised.
     """
     with registry.use_backend(name) as backend:
         defaults = {kind: choice for kind, choice in backend.strategies.items() if kind != "graph"}
@@ -81,8 +85,8 @@ def configurations(name: str) -> Iterator[Configuration]:
         if other != defaults[kind]
     ]
     for mode, (kind, strategies) in itertools.product(modes, alternatives):
-        fields = {field for how in choices[kind].values() for field in how} if kind else set()
-        if fields != {"write_columns"} or mode == modes[0]:
+        fields = {field for how in choices[kind].values() for field in how} if kind else set(OF_DENSE_LAYERS)
+        if not fields.isdisjoint(OF_DENSE_LAYERS) and (fields != {"write_columns"} or mode == modes[0]):
             yield Configuration(name, tuple(strategies.items()), mode, kind, mode == modes[0])
 
 

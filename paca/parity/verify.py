@@ -117,8 +117,8 @@ def operation_findings(record: Record, choice: OperationChoice, selection: Selec
 def configuration_findings(record: Record, configuration: Configuration, selection: Selection) -> Iterator[Finding]:
     """Compare whole training steps in one configuration: single layers, the exact block, the tiny model.
 
-    Capturing a graph can take long. In graph modes that are not the backend's default a single shape stands for all,
-    strategies that are not the default run one resident layer, and the tiny model is not trained.
+    The tiny model is trained with the defaults only. Capturing a graph can take long: in graph modes that are not the
+    backend's default a single shape stands for all, and strategies that are not the default run one resident layer.
     """
     name, strategy, graph = configuration.backend, configuration.strategy, configuration.graph
     everything, default_strategies = configuration.default_graph, not configuration.changed
@@ -140,7 +140,8 @@ def configuration_findings(record: Record, configuration: Configuration, selecti
             return worst(same_bits(found[key], wanted, f"block {key}") for key, wanted in record.block_expected.items())
 
         yield _finding(trained, name, BLOCK, strategy, graph, dtype, BITWISE)
-    for dtype in filter(dtypes.__contains__, record.trajectories if selection.wants(TRAJECTORY) and everything else ()):
+    all_default = selection.wants(TRAJECTORY) and everything and default_strategies
+    for dtype in filter(dtypes.__contains__, record.trajectories if all_default else ()):
 
         def run(dtype: torch.dtype = dtype) -> Verdict:
             found = train_model(record.model, dtype, configuration.make())

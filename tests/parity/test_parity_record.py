@@ -1,0 +1,179 @@
+"""A record travels: it reads back as it was written, tells damage, and is remade by the command that made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import paca
+from paca import registry
+from paca.parity import recording
+from paca.parity.cases import BITWISE, OUTPUTS
+from paca.parity.command import main
+from paca.parity.findings import Status
+from paca.parity.record import REFERENCE, RecordError, read, write
+from paca.parity.table import summary
+from paca.parity.verify import Selection, verify
+
+TWO_MEGABYTES = 2_000_000
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(REFERENCE, tmp_path / "record"))
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_shipped_record_is_small_and_names_no_place():
+    assert sum(file.stat().st_size for file in REFERENCE.iterdir()) < TWO_MEGABYTES
+    assert "/" not in (REFERENCE / "parity.json").read_text().replace("bitwise/", "").replace("bounded/", "").replace(
+        "odd/", ""
+    ).replace("blocks/", "").replace("thin/", "")
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path):
+    record = read(REFERENCE)
+    write(record, tmp_path / "again")
+    again = read(tmp_path / "again")
+    assert again.made_by == record.made_by
+    assert (again.tolerances, again.block_dtypes) == (record.tolerances, record.block_dtypes)
+    for one, other in zip(record.cases, again.cases, strict=True):
+        assert (one.name, one.tier, one.dtype, one.lead, one.alpha) == (
+            *(other.name, other.tier, other.dtype, other.lead, other.alpha),
+        )
+        assert equal(one.inputs, other.inputs)
+        assert equal(one.expected, other.expected)
+    assert equal(record.block, again.block)
+    assert equal(record.block_expected, again.block_expected)
+    assert equal(record.model, again.model)
+    for name in ("parity.json", "parity.safetensors"):
+        assert (REFERENCE / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_shipped_record_is_what_the_recording_makes():
+    """Inputs and exact results bit for bit; of the rest, what the rounding bounds allow another machine."""
+    shipped = read(REFERENCE)
+    made = recording.make_record(paca.set_backend("cpu"))
+    for one, other in zip(shipped.cases, made.cases, strict=True):
+        assert one.name == other.name
+        assert equal(one.inputs, other.inputs)
+        assert set(one.expected) == set(OUTPUTS)
+        if one.tier == BITWISE:
+            assert equal(one.expected, other.expected)
+    assert equal(shipped.block, made.block)
+    assert equal(shipped.block_expected, made.block_expected)
+    assert equal(shipped.model, made.model)
+    report = verify(made, Selection(backends=["cpu"], graphs=["eager"]))
+    assert report.passed
+
+
+def test_a_record_is_not_overwritten(copy, capsys):
+    with pytest.raises(FileExistsError, match="holds a record already"):
+        write(read(REFERENCE), copy)
+    assert main(["record", "--out", str(copy)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_another_schema_is_named(copy):
+    document = json.loads((copy / "parity.json").read_text())
+    (copy / "parity.json").write_text(json.dumps(document | {"schema": 99}))
+    with pytest.raises(RecordError, match="schema 99, this paca reads schema 1"):
+        read(copy)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "parity.json").unlink(), "holds no parity.json"),
+        (lambda folder: (folder / "parity.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "parity.json").write_text("[]"), "schema None"),
+        (lambda folder: (folder / "parity.safetensors").unlink(), "is damaged"),
+        (lambda folder: (folder / "parity.safetensors").write_bytes(b"x"), "is not the file that"),
+    ],
+    ids=["no document", "broken document", "no object", "no tensors", "other tensors"],
+)
+def test_a_damaged_record_says_so(copy, damage, message):
+    damage(copy)
+    with pytest.raises(RecordError, match=message):
+        read(copy)
+    assert main(["verify", str(copy)]) == 2
+
+
+def changed(record, name, tier):
+    """The record with one number of one result off by the smallest possible step."""
+    case = next(case for case in record.cases if case.tier == tier)
+    value = case.expected[name]
+    value[0, 0] = torch.nextafter(value[0, 0], value.new_tensor(9e9))
+    return case
+
+
+def test_a_record_that_is_wrong_by_one_ulp_is_found_out_and_so_is_who_differs_from_it():
+    record = read(REFERENCE)
+    case = changed(record, "grad_delta", BITWISE)
+    report = verify(record, Selection(backends=["cpu"], tiers=[BITWISE], graphs=["eager"]))
+    wrong = [finding for finding in report.failed if finding.backend == "the record"]
+    assert [finding.dtype for finding in wrong] == [case.dtype]
+    assert f"{case.name} grad_delta: [0, 0] is " in wrong[0].detail
+    assert "1 ulp apart; 1 of " in wrong[0].detail
+    assert {f.operation for f in report.failed if f.backend == "cpu"} == {
+        *("grad_columns", "layer, resident", "layer, swap"),
+    }
+
+
+def test_a_backend_that_is_not_there_is_said_to_be_left_out(monkeypatch):
+    monkeypatch.setitem(registry.BUILT_IN, "asleep", "paca_dummy:AsleepBackend")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin"))
+    monkeypatch.setattr(registry, "available_backends", lambda: {"asleep": "it sleeps"})
+    report = verify(read(REFERENCE), Selection(tiers=[BITWISE]))
+    assert "asleep: not compared: it sleeps" in list(summary(report))
+
+
+def test_nothing_compared_is_no_pass(monkeypatch):
+    monkeypatch.setattr(registry, "available_backends", lambda: {"asleep": "it sleeps"})
+    report = verify(read(REFERENCE))
+    assert report.findings
+    assert not report.passed
+
+
+def test_json_and_page_hold_every_finding(tmp_path, capsys):
+    words = ["verify", "--backend", "cpu", "--tier", "bitwise", "--graph", "eager"]
+    assert main([*words, "--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "pages" / "a.html")]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["passed"]
+    assert {finding["status"] for finding in report["findings"]} == {Status.IDENTICAL.value}
+    assert report["machines"]["cpu"]["backend"] == "cpu"
+    page = (tmp_path / "pages" / "a.html").read_text()
+    assert page.count('class="identical"') == len(report["findings"])
+    assert "every comparison passed" in page
+    printed = capsys.readouterr().out
+    assert printed.count("identical  ") > 10
+    assert "cpu, float32, bfloat16, float16, compared with the record of cpu" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backend", "nowhere"], "there is no backend 'nowhere'"),
+        (["--backend", "cpu", "--graph", "hpu_graphs"], "no graph mode named hpu_graphs here"),
+        (["elsewhere"], "holds no parity.json; `paca parity record --out DIR` makes a record"),
+    ],
+)
+def test_what_cannot_be_done_is_status_2_with_the_reason(words, message, capsys):
+    assert main(["verify", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_machine_records_and_is_verified_by_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(registry.BUILT_IN, "elsewhere", "paca_dummy:DummyBackend")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin"))
+    monkeypatch.setattr("paca_dummy.DummyBackend.name", "elsewhere")
+    assert main(["record", "--backend", "elsewhere", "--out", str(tmp_path / "there")]) == 0
+    assert main(["verify", str(tmp_path / "there"), "--backend", "cpu", "--graph", "eager"]) == 0
+    assert "compared with the record of elsewhere" in capsys.readouterr().out
