@@ -283,6 +283,20 @@ BREAKS = [
         "pass",
         f"{QUANTISED}::test_a_corrupted_base_is_refused",
     ),
+    Break(
+        "s2ft: keys and values stay behind when heads are reordered",
+        "paca/permutation.py",
+        "rows = order if number == 0 or not block.heads else _key_rows(order, block)",
+        "rows = order if number == 0 or not block.heads else _key_rows(order, block).sort().values",
+        "tests/family/test_structured_selection.py::test_a_reordered_model_computes_the_same",
+    ),
+    Break(
+        "s2ft: column numbers of the reordered weight are saved",
+        "paca/model.py",
+        "state[key] = layer.order.to(state[key].device)[state[key]]",
+        "pass",
+        "tests/family/test_structured_selection.py::test_a_co_permuted_adapter_trains_and_saves_what_an_unpermuted_one_does",
+    ),
 ]
 
 

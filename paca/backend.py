@@ -44,7 +44,7 @@ class Ops:
     grad_columns: Callable[[Tensor, Tensor, float], Tensor] = strategies.grad_columns_thin_first
     write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
     # Columns that form at most so many runs of neighbours are gathered by slices instead; None: however many they are.
-    runs_to_slice: int | None = 0
+    runs_to_slice: int | None = 1
     # gys, weights -> Σ gy·weight for layers that read the same input, which then run together; None: each runs alone.
     grad_input_sum: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
     # Called before and after the columns of a step are written, so that they are a graph of their own.

@@ -243,7 +243,9 @@ class AdaptedWeight:
         """What is to be written to the weight; after `plan`."""
         assert self.columns is not None
         delta, scale = self.columns.combined(adapters)
-        return ColumnWrite(self.matrix, self.columns.index, self.columns.base, delta.detach(), scale)
+        columns = self.columns
+        first = columns.runs[0][0] if len(columns.runs) == 1 else None
+        return ColumnWrite(self.matrix, columns.index, columns.base, delta.detach(), scale, first)
 
     def mark_written(self, adapters: Sequence[Adapter], epoch: int) -> None:
         """Note that the weight holds these adapters."""

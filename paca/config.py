@@ -50,7 +50,10 @@ class PacaConfig(PeftConfig):
         init_weights: start from zero, so that the adapted model equals the base model; False is for tests.
         random_seed: seed of the column choice, with each module's name.
         selection: how columns are chosen: "random" (the paper), "weight_norm" (largest), or by a calibration pass
-            (`paca.calibrate`) "activation_norm_large", "activation_norm_small", "gradient_norm".
+            (`paca.calibrate`) "activation_norm_large", "activation_norm_small", "gradient_norm"; or "s2ft": whole heads
+            and channels, drawn over all layers together (`paca.s2ft`).
+        copermute: with selection "s2ft", reorder heads and channels of the base model so that the trained columns lie
+            side by side (`paca.permutation`).
         columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the
             adapter file has them.
         share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather
@@ -93,6 +96,9 @@ class PacaConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "start from the base model"})
     random_seed: int | None = field(default=0, metadata={"help": "seed of the column choice"})
     selection: str = field(default="random", metadata={"help": f"how columns are chosen: {', '.join(SELECTIONS)}"})
+    copermute: bool = field(
+        default=False, metadata={"help": "put the trained heads and channels side by side (selection s2ft)"}
+    )
     columns: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "columns chosen by hand, module name -> numbers"}
     )
@@ -128,6 +134,8 @@ class PacaConfig(PeftConfig):
         _one_of("residency", self.residency, RESIDENCIES)
         _one_of("start_from", self.start_from, STARTS)
         _one_of("bias", self.bias, BIASES)
+        if self.copermute and self.selection != "s2ft":
+            raise ValueError(f"`copermute` needs selection='s2ft', found {self.selection!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:

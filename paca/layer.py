@@ -20,6 +20,7 @@ from paca.errors import BaseMismatchError
 from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
 from paca.quantised import QuantisedWeight, library_of
+from paca.permutation import ORDER
 from paca.select import checked_columns
 from paca.shared_input import SharedInput
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices
@@ -433,6 +434,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Return a copy of the pretrained columns that an adapter trains, (out, r), whatever the weight holds now."""
         return self.adapted.pretrained_columns(self.paca_indices[adapter])
 
+    @property
+    def order(self) -> Tensor | None:
+        """The original column at each position of a co-permuted weight, (in,) int64; None if nothing was moved."""
+        return getattr(self.get_base_layer(), ORDER, None)
+
+    def fingerprint(self, adapter: str) -> str:
+        """Digest the pretrained columns that an adapter trains, in their original order."""
+        index = self.paca_indices[adapter]
+        if self.order is not None:
+            index = index[self.order[index.cpu()].argsort().to(index.device)]
+        return self.adapted.fingerprint(index)
+
     def has_values(self, adapter: str) -> bool:
         """Whether weight and adapter are loaded, not on the meta device or one rank's part."""
         mine = Adapter(adapter, self.paca_delta[adapter], self.paca_indices[adapter], self.scaling[adapter])
@@ -481,7 +494,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():  # all else relies on sorted columns
             delta.copy_(delta[:, index.argsort()])
             index.copy_(columns)
-        found = self.adapted.fingerprint(index)
+        found = self.fingerprint(adapter)
         expected = self.expected_fingerprint[adapter]
         if expected and (why := mismatch(expected, found)):
             raise BaseMismatchError(

@@ -24,7 +24,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from paca import freshness
+from paca import freshness, s2ft
 from paca.columns import why_not_resident
 from paca.compress import expanded
 from paca.config import PacaConfig, settings
@@ -32,6 +32,7 @@ from paca.layer import AdaptedLinear, PacaLayer, in_out_features
 from paca.mixing import mixed_batch
 from paca.original import start_from_checkpoint
 from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
+from paca.permutation import copermute
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 from paca.shared_input import share_inputs
@@ -50,6 +51,7 @@ class PacaModel(BaseTuner):
     """
 
     prefix = "paca_"
+    _permutation: Any = None  # a Permutation, while heads and channels are reordered
     tuner_layer_cls = PacaLayer
     target_module_mapping = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING}  # type: ignore[dict-item]  # noqa: RUF012
 
@@ -64,6 +66,9 @@ class PacaModel(BaseTuner):
         """Add an adapter to the model, after checking that all of it can be added."""
         known_tensors = kwargs.get("state_dict")
         config = settings(self.peft_config[adapter_name])
+        if config.selection == "s2ft" and config.columns is None:
+            config = self._structured(model, config)
+            self.peft_config[adapter_name] = config
         ranks = {name: len(columns) for name, columns in (config.columns or {}).items()}
         ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
         if ranks:  # columns are not saved with the config; how many there are must be
@@ -77,6 +82,20 @@ class PacaModel(BaseTuner):
             start_from_checkpoint(self._adapted_layers(), adapter_name, str(source))
         share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
+
+    def _structured(self, model: nn.Module, config: PacaConfig) -> PacaConfig:
+        """Draw whole heads and channels, and put them side by side in the base model if that is asked for."""
+        made = s2ft.chosen(model, config, self.targets(model, config))
+        if made.copermute:
+            if adapted := [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+                raise ValueError(
+                    f"copermute reorders the base model, and {adapted[0]} has an adapter; make this one first"
+                )
+            names = {key: next(n for n, _ in model.named_modules() if _names(key, n)) for key in made.columns or {}}
+            wanted = {names[key]: columns for key, columns in (made.columns or {}).items()}
+            self._permutation = copermute(model, wanted)
+            made.columns = {key: list(range(len(columns))) for key, columns in (made.columns or {}).items()}
+        return made
 
     @classmethod
     def targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
@@ -359,14 +378,26 @@ class PacaModel(BaseTuner):
         """Select the adapter's tensors, and note in its config which base columns they belong to."""
         if isinstance(config, PacaConfig):
             config.base_fingerprint = {
-                layer.name: layer.adapted.fingerprint(layer.paca_indices[adapter_name])
+                layer.name: layer.fingerprint(adapter_name)
                 for layer in model.modules()
                 if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.has_values(adapter_name)
             } or None
         state: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        for layer in model.modules():
+            if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.order is not None:
+                key = next(k for k in state if k.endswith(f"{layer.name}.paca_indices.{adapter_name}"))
+                state[key] = layer.order.to(state[key].device)[state[key]]
         return state
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the adapters out; heads and channels go back to their places."""
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self._permutation is not None:
+            self._permutation.undo(model)
+            self._permutation = None
+        return model
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -374,6 +405,10 @@ class PacaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Expand compressed columns on their way into the model."""
         expand = expanded(state_dict)
+        for layer in model.modules():
+            if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.order is not None:
+                for key in [k for k in expand if k.endswith(f"{layer.name}.paca_indices")]:
+                    expand[key] = layer.order.argsort()[expand[key].cpu()]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, expand)
         return remapped
 

@@ -26,7 +26,7 @@ SHARED_INPUT = (
     ("q", "k", "v"),
 )
 
-SELECTIONS = ("random", "weight_norm", "activation_norm_large", "activation_norm_small", "gradient_norm")
+SELECTIONS = ("random", "weight_norm", "activation_norm_large", "activation_norm_small", "gradient_norm", "s2ft")
 # These rank columns by a score that needs data: `paca.calibrate` measures it.
 MEASURED = ("activation_norm_large", "activation_norm_small", "gradient_norm")
 
@@ -48,9 +48,13 @@ def random_columns(in_features: int, r: int, seed: int, name: str) -> Tensor:
     The generator is seeded with `seed` and `name`, so a module's columns depend on nothing else; a smaller `r` draws a
     subset.
     """
+    return torch.randperm(in_features, generator=generator_for(seed, name), device="cpu")[:r].sort().values
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on a seed and a name, and on nothing else."""
     digest = blake2s(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randperm(in_features, generator=generator, device="cpu")[:r].sort().values
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def best_columns(scores: Tensor, r: int, *, smallest: bool = False) -> Tensor:

@@ -109,6 +109,7 @@ class ColumnWrite:
     base: Tensor  # (out, r), the pretrained columns in the weight's dtype
     delta: Tensor  # (out, r)
     scale: float
+    first: int | None = None  # of columns that lie side by side, where that is known
 
     def values(self) -> Tensor:
         """What the columns become, (out, r)."""
@@ -126,9 +127,12 @@ def adapted_columns(base: Tensor, delta: Tensor, scale: float) -> Tensor:
 
 
 def write_index_copy(writes: Sequence[ColumnWrite]) -> None:
-    """Write columns with `index_copy_`, one call a weight."""
+    """Write columns with `index_copy_`, one call a weight; a slice without an index."""
     for write in writes:
-        write.weight.index_copy_(1, write.index, write.values())
+        if write.first is not None:
+            write.weight.narrow(1, write.first, len(write.index)).copy_(write.values())
+        else:
+            write.weight.index_copy_(1, write.index, write.values())
 
 
 class Form(str, Enum):
