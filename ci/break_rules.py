@@ -137,7 +137,7 @@ BREAKS = [
     Break(
         "rule 7, same columns everywhere: the global generator is used",
         "paca/select.py",
-        "generator=generator, device",
+        "generator=generator_for(seed, name), device",
         "device",
         "tests/core/test_select.py",
     ),

@@ -17,6 +17,7 @@ from paca.columns import why_not_resident
 from paca.errors import BaseMismatchError
 from paca.fingerprint import fingerprint, mismatch
 from paca.layer import in_out_features
+from paca.quantised import library_of
 from paca.registry import get_backend
 from paca.saved import SavedAdapter, SavedLayer, read_adapter
 from paca.select import checked_columns
@@ -213,6 +214,8 @@ class AdapterBank:
             raise ValueError(f"{name} has {out_features} outputs, the adapter's deltas have {len(layer.delta)}")
         weight = _parameter(module)
         why = "it is tied to another module's" if memory[weight.data_ptr()] > 1 else why_not_resident(weight)
+        if library_of(module) is not None:
+            why = "it is quantised"
         if why:
             raise ValueError(f"the weight of {name} cannot hold columns: {why}; load the adapter with PEFT instead")
         expected = (saved.config.base_fingerprint or {}).get(name) if saved.config.check_base else None

@@ -19,8 +19,8 @@ from paca.columns import AdaptedWeight, Adapter, ColumnSet, is_sharded, version_
 from paca.errors import BaseMismatchError
 from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
-from paca.quantised import QuantisedWeight, library_of
 from paca.permutation import ORDER
+from paca.quantised import QuantisedWeight, library_of
 from paca.select import checked_columns
 from paca.shared_input import SharedInput
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices

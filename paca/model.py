@@ -31,8 +31,8 @@ from paca.config import PacaConfig, settings
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
 from paca.mixing import mixed_batch
 from paca.original import start_from_checkpoint
-from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
 from paca.permutation import copermute
+from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
 from paca.registry import get_backend
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 from paca.shared_input import share_inputs
@@ -360,8 +360,15 @@ class PacaModel(BaseTuner):
     # ------------------------------------------------------------------ leaving and saving
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """Take the adapters off; merged into a quantised base, the layers are ordinary ones afterwards."""
+        """Take the adapters off.
+
+        Heads and channels go back to their places; merged into a quantised base, the layers are ordinary ones
+        afterwards.
+        """
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if self._permutation is not None:
+            self._permutation.undo(self.model)
+            self._permutation = None
         if merge and is_noted_quantised(self.model) and not has_quantised_layers(self.model):
             forget_quantisation(self.model)
         return self.model
@@ -390,14 +397,6 @@ class PacaModel(BaseTuner):
                 key = next(k for k in state if k.endswith(f"{layer.name}.paca_indices.{adapter_name}"))
                 state[key] = layer.order.to(state[key].device)[state[key]]
         return state
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the adapters out; heads and channels go back to their places."""
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        if self._permutation is not None:
-            self._permutation.undo(model)
-            self._permutation = None
-        return model
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

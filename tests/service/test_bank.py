@@ -165,6 +165,17 @@ def test_a_tied_weight_is_refused(tmp_path: Path) -> None:
         paca.AdapterBank(base).load("a", tmp_path)
 
 
+def test_a_quantised_weight_is_refused(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    tiny.adapted(torch.nn.Sequential(torch.nn.Linear(64, 64)), target_modules=["0"], task_type=None).save_pretrained(
+        tmp_path
+    )
+    quantised = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    with pytest.raises(ValueError, match="weight of 0 cannot hold columns: it is quantised"):
+        paca.AdapterBank(quantised).load("a", tmp_path)
+
+
 def test_a_model_with_adapters_has_no_bank() -> None:
     with pytest.raises(ValueError, match=r"works on the base model.*unload\(\) it first"):
         paca.AdapterBank(tiny.adapted(tiny.llama()))
