@@ -187,12 +187,16 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = command(
         "merge", _merge, "write the base model with the adapter in its weights", keys=True, epilog=_MERGE_EXAMPLES,
-        usage=f"paca merge ADAPTER --out DIR [--max-shard-size SIZE] {keys}",
+        usage=f"paca merge ADAPTER --out DIR [--max-shard-size SIZE] [--requantize] {keys}",
     )  # fmt: skip
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     merge.add_argument(
         "--max-shard-size", "--max_shard_size", metavar="SIZE", help="size of a weight file, such as 2GB"
     )
+    merge.add_argument(
+        "--requantize", action="store_true",
+        help="keep a quantised base quantised; moves the trained columns, and says how far (default: 16 bits, exact)",
+    )  # fmt: skip
 
     export = command("export", _export, "turn an adapter into another kind, without loss", epilog=_EXPORT_EXAMPLES)
     export.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved PaCA adapter")
@@ -333,7 +337,7 @@ def _merge(options: argparse.Namespace, words: list[str]) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder; choose a new one")
     model, tokenizer = _adapted(words)
-    merge(model, tokenizer, target, options.max_shard_size)
+    merge(model, tokenizer, target, options.max_shard_size, options.requantize)
     print(f"merged into {target}; transformers loads it without paca")
 
 

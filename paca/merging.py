@@ -9,19 +9,26 @@ from tempfile import mkdtemp
 from typing import Any
 
 
-def merge(model: Any, tokenizer: Any, target: Path, max_shard_size: str | None = None) -> None:
+def merge(
+    model: Any, tokenizer: Any, target: Path, max_shard_size: str | None = None, requantize: bool = False
+) -> None:
     """Merge the active adapter and save model and tokenizer; the folder appears when it is whole.
+
+    A quantised model is dequantised, all of it, so that the trained columns stay as they are.
 
     Args:
         model: a PEFT model; it is taken apart.
         tokenizer: saved with it.
         target: a folder that is empty or does not exist.
         max_shard_size: size of a file, such as "2GB"; transformers' own choice by default.
+        requantize: quantise a quantised model's merged weights again; how far that moves them is warned about.
 
     Raises:
-        ValueError: if a merged weight is not finite.
+        ValueError: if a merged weight is not finite, or there is nothing to quantise again.
     """
-    merged = model.merge_and_unload(safe_merge=True)
+    merged = _requantised(model) if requantize else model.merge_and_unload(safe_merge=True)
+    if not requantize and getattr(merged, "is_quantized", False):  # layers that had no adapter
+        merged = merged.dequantize()
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
@@ -32,3 +39,10 @@ def merge(model: Any, tokenizer: Any, target: Path, max_shard_size: str | None =
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _requantised(model: Any) -> Any:
+    from paca.requantise import merge_requantised
+
+    merged, _ = merge_requantised(model)
+    return merged

@@ -83,7 +83,7 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
     base = model.get_base_model()
     notes = {note: vars(base)[note] for note in _NOTES if note in vars(base)}
     configured = getattr(base.config, "quantization_config", None)
-    merged: Any = model.merge_and_unload()
+    merged: Any = model.merge_and_unload(safe_merge=True)
     moved: dict[str, Moved] = {}
     for name, weight in quantised.items():
         if weight.chosen is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -13,9 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import CHECKPOINTING
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import paca
 from paca.layer import PacaLayer
+from paca.merging import merge
 from paca.quantised import QuantisedWeight, library_of
 
 IDS = torch.arange(2, 34).reshape(2, 16)
@@ -222,8 +225,6 @@ def test_a_base_quantised_otherwise_is_refused(quantised, tmp_path, name, why):
 
 
 def test_a_base_that_is_not_quantised_is_refused_unless_one_means_it(quantised, checkpoint, tmp_path):
-    from transformers import LlamaForCausalLM
-
     adapted(quantised("nf4")).save_pretrained(tmp_path)
     plain = LlamaForCausalLM.from_pretrained(checkpoint)
     with pytest.raises(paca.BaseMismatchError, match="was nf4, this one is not quantised"):
@@ -405,3 +406,24 @@ def test_autocast_keeps_identity_and_trains(quantised, name):
     assert torch.equal(before, after.logits)
     after.loss.backward()
     assert all(layer.paca_delta["default"].grad.abs().sum() > 0 for layer in layers(model))
+
+
+class NoTokenizer:
+    """Saves nothing."""
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_a_merged_folder_loads_without_paca(quantised, tmp_path, requantize):
+    """Layers without an adapter come along: dequantised with the rest, or as they were."""
+    base = quantised("nf4")
+    model = peft.get_peft_model(base, paca.PacaConfig(r=4, target_modules=["q_proj"]))
+    trained(model)
+    with pytest.warns(UserWarning, match="re-quantising moved") if requantize else nullcontext():
+        merge(model, NoTokenizer(), tmp_path / "merged", requantize=requantize)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (library_of(loaded.model.layers[0].mlp.up_proj) is not None) == requantize
+    assert (library_of(loaded.model.layers[0].self_attn.q_proj) is not None) == requantize
+    assert hasattr(loaded.config, "quantization_config") == requantize
