@@ -20,12 +20,14 @@ EXTRAS = {
 DEPENDENCIES = [Requirement(line) for line in PROJECT["dependencies"]]
 # Come with a device's own software, which no index has.
 VENDORS = {"habana_frameworks"}
+# Whose name is not that of its package, and which a machine without its device does not have.
+OWNERS = {"optimum": "optimum-habana"}
 
 
 def distribution(import_name: str) -> str:
     """The distribution that an import belongs to; where it is not installed, they are taken to share a name."""
-    owners = importlib.metadata.packages_distributions()
-    return canonicalize_name(owners.get(import_name, [import_name])[0])
+    installed = importlib.metadata.packages_distributions()
+    return canonicalize_name(OWNERS.get(import_name) or installed.get(import_name, [import_name])[0])
 
 
 def imported_names(package: str) -> set[str]:
