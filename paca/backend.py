@@ -26,6 +26,7 @@ class GraphMode(str, Enum):
 
     EAGER = "eager"
     COMPILE = "compile"
+    CUDA_GRAPH = "cuda_graph"  # forward and backward recorded once for each input shape and replayed
     LAZY = "lazy"  # collected into graphs that are run at marks
     HPU_GRAPHS = "hpu_graphs"  # recorded once for each input shape and replayed; Gaudi's, in lazy mode
 
@@ -160,6 +161,14 @@ class Backend(ABC):
 
     def synchronize(self) -> None:  # noqa: B027 - a device without a queue has nothing to wait for
         """Wait until the device has done all it was given."""
+
+    def event(self) -> torch.Event | None:
+        """A new event that notes when the device's queue reaches it; None on a device whose work is done on return."""
+        return None
+
+    def limit_memory(self, limit: int) -> bool:
+        """Make allocations beyond so many bytes fail in this process; False if the device cannot."""
+        return False
 
     def capture(self, module: nn.Module) -> nn.Module:
         """Return the module in the chosen graph mode."""

@@ -6,14 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from packaging.version import Version
+from torch import nn
 
 from paca.backend import PLAIN_TORCH, SHARED_INPUT, Backend, Capabilities, Choices, GraphMode, Memory, Ops
 from paca.errors import BackendUnavailableError
 from paca.strategies import grad_input_addmm, write_index_copy
+from paca_cuda.graphs import GraphedModel
 from paca_cuda.ops import why_no_triton
 from paca_cuda.strategies import (
     gather_triton,
@@ -95,7 +97,7 @@ class CUDABackend(Backend):
         low = max(since for since in _LOW_PRECISION if since <= major)
         return Capabilities(
             dtypes=frozenset({torch.float64, torch.float32}) | _LOW_PRECISION[low],
-            graph_modes=(GraphMode.EAGER, GraphMode.COMPILE),
+            graph_modes=(GraphMode.EAGER, GraphMode.COMPILE, GraphMode.CUDA_GRAPH),
             steps_per_check=STEPS_PER_CHECK,
         )
 
@@ -120,6 +122,29 @@ class CUDABackend(Backend):
     def synchronize(self) -> None:
         """Wait for all streams of the current device."""
         torch.cuda.synchronize()
+
+    def event(self) -> torch.Event:
+        """An event of the current stream that notes its time."""
+        return torch.Event("cuda", enable_timing=True)
+
+    def limit_memory(self, limit: int) -> bool:
+        """Let torch's allocator have no more than a fraction of the device's memory."""
+        total = torch.cuda.get_device_properties(self.device()).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        return True
+
+    def capture(self, module: nn.Module) -> nn.Module:
+        """Return the module compiled, or replayed from CUDA graphs, or as it is."""
+        return GraphedModel(module) if self.graph_mode is GraphMode.CUDA_GRAPH else super().capture(module)
+
+    def trainer(self) -> tuple[type[Any], type[Any]]:
+        """Transformers' own Trainer, its steps replayed from graphs in that mode."""
+        if self.graph_mode is not GraphMode.CUDA_GRAPH:
+            return super().trainer()
+        from paca_cuda.trainer import graph_trainer
+
+        return graph_trainer()
 
     def autocast_dtype(self) -> torch.dtype:
         """Give bfloat16, or float16 where the device has no fast bfloat16."""

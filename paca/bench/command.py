@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from paca.bench.environment import MALLOC_SETTINGS, start_again_unless_set, wanted_environment
 from paca.bench.methods import FORMS, Method, parse_methods
+from paca.bench.setting import GRAPHS, PLAIN, Setting
 from paca.bench.shapes import SHAPES, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
-MEASURES = ("time", "bytes", "peak")
-CLOCKS = ("auto", "cpu", "wall")
+MEASURES = ("time", "bytes", "peak", "limits")
+CLOCKS = ("auto", "cpu", "wall", "device")
 
 EXAMPLES = """examples:
   paca bench                                        a first look in about two minutes
   paca bench --suite cpu --out cpu.json             the numbers of docs/benchmarks.md
   paca bench --methods paca-r16,lora-r16 --rounds 30
   paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
+  paca bench --suite gpu --out gpu                  everything about GPUs in docs/benchmarks.md; --dry-run lists it
   paca bench --suite switch                         what a switch of adapters costs
   paca bench --report cpu.json --markdown           its tables again, for a document
 
@@ -39,6 +41,7 @@ class Suite:
     warmup: int
     about: str
     switches: bool = False  # measures switches of adapters instead of training steps
+    planned: bool = False  # is a plan of many runs
 
 
 SUITES = {
@@ -65,6 +68,15 @@ SUITES = {
         about="switching adapters, against fusing and hot-swapping LoRA; --methods and --measure do not apply",
         switches=True,
     ),
+    "gpu": Suite(
+        shape="llama-3-8b-train",
+        methods="",
+        rounds=20,
+        warmup=3,
+        about="layers of Llama-3-8B in bfloat16 on a GPU: many runs, one file each in the folder --out; "
+        "what is there already is not run again",
+        planned=True,
+    ),
 }
 
 
@@ -86,12 +98,15 @@ class Options:
     out: Path
     plot: Path | None
     switches: bool = False
+    setting: Setting = PLAIN
+    caps: tuple[float, ...] = ()
 
     def recorded(self) -> dict[str, Any]:
         """Return what the result file should say of them."""
         return {
             "methods": [method.name for method in self.methods],
             "measure": list(self.measure),
+            **asdict(self.setting),
             **{
                 name: getattr(self, name)
                 for name in ("dtype", "rounds", "warmup", "threads", "malloc", "clock", "seed")
@@ -114,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if given.report is not None:
             return _report(given)
+        if SUITES[given.suite].planned:
+            return _run_plan(given, arguments)
         options = _options(given)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -134,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--suite", choices=SUITES, default="quick", help=f"{suites}; default quick")
     what.add_argument("--methods", metavar="A,B,…", help="methods to compare, see below; default: the suite's")
     what.add_argument(
-        "--measure", metavar="A,B,…", default=",".join(MEASURES), help="any of time,bytes,peak; default all"
+        "--measure",
+        metavar="A,B,…",
+        default="time,bytes,peak",
+        help="any of time,bytes,peak,limits; default the first three",
     )
     what.add_argument("--shape", choices=SHAPES, help="sizes of the stack; default: the suite's")
     for size in fields(Shape):
@@ -142,7 +162,21 @@ def _parser() -> argparse.ArgumentParser:
             f"--{size.name.replace('_', '-')}", type=int, metavar="N", help=f"another number for {size.name}"
         )
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations; default float32")
+    what.add_argument("--checkpointing", action="store_true", help="recompute each decoder layer in backward")
+    what.add_argument("--liger", action="store_true", help="Liger's fused norms, rotary embeddings and SwiGLU")
+    what.add_argument(
+        "--graph",
+        choices=GRAPHS,
+        default="eager",
+        help="eager (default); compile: each decoder layer by torch.compile; whole: the model in the backend's mode",
+    )
+    what.add_argument(
+        "--caps", metavar="GB,…", default="24,48,80", help="for limits: memory to fit in; default 24,48,80"
+    )
+    what.add_argument("--dry-run", action="store_true", help="with --suite gpu: list the runs and do none")
+    what.add_argument("--only", metavar="A,B,…", help="with --suite gpu: runs whose names contain one of these words")
     how = parser.add_argument_group("how")
+    how.add_argument("--strategies", metavar="KIND=NAME,…", default="", help="of the backend, e.g. graph=cuda_graph")
     how.add_argument("--rounds", type=int, metavar="N", help="steps of each method that count; default: the suite's")
     how.add_argument("--warmup", type=int, metavar="N", help="steps of each method before them; default: the suite's")
     how.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; default 1")
@@ -204,7 +238,11 @@ def _options(given: argparse.Namespace) -> Options:
     plot = None if given.no_plot or suite.switches else given.plot or out.with_suffix(".png")
     if plot is not None:
         _check_output("--plot", plot, (".png", ".svg", ".pdf"))
+    setting = Setting(given.checkpointing, given.liger, given.graph, _strategies(given.strategies))
+    setting.check()
     return Options(
+        setting=setting,
+        caps=_caps(given.caps),
         methods=methods,
         shape=shape,
         dtype=given.dtype,
@@ -222,6 +260,23 @@ def _options(given: argparse.Namespace) -> Options:
     )
 
 
+def _caps(text: str) -> tuple[float, ...]:
+    try:
+        caps = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        caps = ()
+    if not caps or min(caps) <= 0:
+        raise ValueError(f"--caps takes positive numbers of GB, e.g. 24,48,80; found {text!r}")
+    return caps
+
+
+def _strategies(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not name for _, _, name in pairs):
+        raise ValueError(f"--strategies takes kind=name pairs, e.g. gather=triton,graph=eager; found {text!r}")
+    return {kind.strip(): name.strip() for kind, _, name in pairs}
+
+
 def _check_output(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix not in suffixes:
         raise ValueError(f"{option} must end in {' or '.join(suffixes)}, found {path}")
@@ -229,8 +284,32 @@ def _check_output(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"{option}: there is no folder {path.parent}; create it first")
 
 
+def _run_plan(given: argparse.Namespace, arguments: list[str]) -> int:
+    """Do the runs of a suite that is a plan, each in a process of its own."""
+    from paca.bench import plan
+
+    if given.methods is not None:
+        raise ValueError(f"--suite {given.suite} has its own methods; leave --methods out")
+    folder = given.out or Path(f"paca-bench-{given.suite}")
+    sizes = {size.name: getattr(given, size.name) for size in fields(Shape) if getattr(given, size.name) is not None}
+    runs = plan.gpu(
+        shape=given.shape or SUITES[given.suite].shape,
+        sizes=sizes,
+        rounds=given.rounds or SUITES[given.suite].rounds,
+        warmup=given.warmup or SUITES[given.suite].warmup,
+        caps=given.caps,
+        backend=given.backend or "cuda",
+        only=given.only.split(",") if given.only else [],
+    )
+    return plan.run(runs, folder, dry=given.dry_run)
+
+
 def _report(given: argparse.Namespace) -> int:
-    """Show a raw result again."""
+    """Show a raw result again, or the summary of a folder of them."""
+    if given.report.is_dir():
+        from paca.bench import summary
+
+        return summary.show(given.report, markdown=given.markdown, plot=given.plot)
     from paca.bench import report, switching, tables
     from paca.bench.result import read
 

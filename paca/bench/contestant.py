@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from paca.backend import Backend
 from paca.bench import stack
 from paca.bench.methods import Method
 from paca.bench.result import Sample, Seconds
+from paca.bench.setting import PLAIN, Setting
 from paca.bench.shapes import Shape
 
 
@@ -27,15 +29,30 @@ class Contestant:
         dtype: of the weights and the batch.
         backend: where it runs.
         seed: all contestants of one seed have equal weights and an equal batch.
+        setting: how its model runs.
     """
 
-    def __init__(self, method: Method, shape: Shape, dtype: torch.dtype, backend: Backend, seed: int) -> None:
+    def __init__(
+        self,
+        method: Method,
+        shape: Shape,
+        dtype: torch.dtype,
+        backend: Backend,
+        seed: int,
+        setting: Setting = PLAIN,
+    ) -> None:
         device = backend.device()
         self.backend = backend
-        self.model = method.prepare(stack.build(shape, dtype, device, seed), shape)
-        self.x, self.gy = stack.batch(shape, dtype, device, seed)
+        self.seed, self.dtype = seed, dtype
+        self.model = setting.apply_to(method.prepare(setting.fuse(stack.build(shape, dtype, device, seed)), shape))
+        self.run = backend.capture(self.model) if setting.graph == "whole" else self.model
+        self.resize(shape)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _adamw(self.trained) if self.trained else None
+
+    def resize(self, shape: Shape) -> None:
+        """Take another batch, of a shape that differs from the model's in batch and tokens only."""
+        self.x, self.gy = stack.batch(shape, self.dtype, self.backend.device(), self.seed)
 
     @property
     def last_layer(self) -> nn.Module:
@@ -44,17 +61,19 @@ class Contestant:
 
     def forward(self) -> Tensor:
         """Return the output, (batch, tokens, hidden)."""
-        return stack.run(self.model, self.x)
+        return stack.run(self.run, self.x)
 
     def step(self) -> Sample:
         """Train one step and time it.
 
-        What a forward and a backward leave running on the device is waited for, inside their time.
+        A device with events notes the times itself, and works through the whole step without a stop, as in training.
+        Elsewhere what a forward and a backward leave running is waited for, inside their time.
         """
         # The other contestants' optimizers ran since the last step. None of them exists in a real training, but each
         # tells PaCA that unseen values may have changed; without this the next forward would write for nothing.
         paca.refresh(self.model)
         faults = _page_faults()
+        self.backend.synchronize()
         times = [_now(self.backend)]
         output = self.forward()
         times.append(_now(self.backend))
@@ -66,6 +85,7 @@ class Contestant:
             self.optimizer.zero_grad()
         self.x.grad = None
         times.append(_now(self.backend))
+        self.backend.synchronize()
         forward, backward, optimizer = (_between(a, b) for a, b in pairwise(times))
         return Sample(forward, backward, optimizer, _page_faults() - faults)
 
@@ -79,14 +99,28 @@ def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, **settings)
 
 
-def _now(backend: Backend) -> tuple[float, float]:
-    """Process CPU seconds and wall seconds, once the device is idle."""
-    backend.synchronize()
-    return time.process_time(), time.perf_counter()
+@dataclass(frozen=True)
+class _Moment:
+    """A moment by the process's CPU time, by the clock on the wall, and by the device."""
+
+    cpu: float
+    wall: float
+    event: torch.Event | None
 
 
-def _between(start: tuple[float, float], end: tuple[float, float]) -> Seconds:
-    return Seconds(end[0] - start[0], end[1] - start[1])
+def _now(backend: Backend) -> _Moment:
+    """Return this moment; without events the device is idle then."""
+    event = backend.event()
+    if event is None:
+        backend.synchronize()
+    else:
+        event.record()
+    return _Moment(time.process_time(), time.perf_counter(), event)
+
+
+def _between(start: _Moment, end: _Moment) -> Seconds:
+    device = None if start.event is None or end.event is None else start.event.elapsed_time(end.event) / 1000
+    return Seconds(end.cpu - start.cpu, end.wall - start.wall, device)
 
 
 def _page_faults() -> int:

@@ -14,6 +14,7 @@ from paca.backend import Backend
 from paca.bench.agreement import deviation, first_step
 from paca.bench.contestant import Contestant
 from paca.bench.kept import count_kept
+from paca.bench.limits import measure_limit
 from paca.bench.machine import describe
 from paca.bench.peak import measure_peak
 from paca.bench.result import MethodResult, Result
@@ -36,7 +37,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         RuntimeError: if a method does not compute what the floor computes, so that comparing it would say nothing.
     """
     torch.set_num_threads(options.threads)
-    backend = paca.set_backend(options.backend) if options.backend else paca.get_backend()
+    backend = paca.set_backend(options.backend or paca.get_backend().name, **options.setting.strategies)
     methods = {method.name: method for method in options.methods}
     result = Result(
         command=command,
@@ -46,8 +47,8 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         clock=clock_of(options, backend),
         methods={},
     )
-    timed, peaks = "time" in options.measure, "peak" in options.measure
-    steps = len(methods) * ((options.rounds + options.warmup if timed else 0) + 1 + peaks)
+    timed, peaks, limits = (what in options.measure for what in ("time", "peak", "limits"))
+    steps = len(methods) * ((options.rounds + options.warmup if timed else 0) + 1 + peaks + limits * len(options.caps))
     dtype = getattr(torch, options.dtype)
     contestants: dict[str, Contestant] = {}
     # In a log file a line every half minute is enough.
@@ -60,7 +61,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         floor_output = None
         for name, method in methods.items():
             progress(f"build {name}")
-            contestant = Contestant(method, options.shape, dtype, backend, options.seed)
+            contestant = Contestant(method, options.shape, dtype, backend, options.seed, options.setting)
             made = MethodResult(
                 label=method.label(options.shape),
                 rank=method.rank_for(options.shape),
@@ -81,9 +82,24 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         for name in methods if peaks else ():
             progress(f"memory of {name}")
             result.methods[name].peak = measure_peak(
-                name, options.shape, options.dtype, backend.name, options.threads, options.seed
+                name, options.shape, options.dtype, backend.name, options.threads, options.seed, options.setting
             )
             save(result)
+        for name in methods if limits else ():
+            for cap in options.caps:
+                progress(f"limits of {name} in {cap} GB")
+                result.methods[name].limits.append(
+                    measure_limit(
+                        name,
+                        options.shape,
+                        options.dtype,
+                        backend.name,
+                        options.seed,
+                        options.setting,
+                        round(cap * 1e9),
+                    )
+                )
+                save(result)
     return result
 
 
@@ -95,4 +111,6 @@ def clock_of(options: Options, backend: Backend) -> str:
     """
     if options.clock != "auto":
         return options.clock
+    if backend.event() is not None:
+        return "device"
     return "cpu" if backend.device().type == "cpu" and options.threads == 1 else "wall"

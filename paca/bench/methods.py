@@ -14,18 +14,22 @@ if TYPE_CHECKING:
 
 FLOOR = "floor"
 _FORM = re.compile(
-    r"(?P<family>paca-unshared|paca|lora-match-nocast|lora-match|lora-nocast|lora|dora)-r(?P<rank>[1-9]\d*)"
+    r"(?P<family>paca-unshared|paca-upstream|paca|lora-match-nocast|lora-match|lora-nocast|lora|dora|shira|miss)"
+    r"-r(?P<rank>[1-9]\d*)"
 )
 
 FORMS = {
     "floor": "nothing trains, input gradients flow: what any method costs at least",
     "paca-rN": "PaCA, N columns a weight, one choice for layers that read the same input",
     "paca-unshared-rN": "PaCA with a choice of columns for each weight (share_columns=False)",
+    "paca-upstream-rN": "PaCA as PEFT 0.22 does it: columns put in and taken out around each product",
     "lora-rN": "PEFT's LoRA of rank N, its defaults, dropout 0",
     "lora-match-rN": "the same at the rank that trains as many parameters as PaCA with r=N",
     "lora-nocast-rN": "LoRA of rank N with adapters in the weight's dtype (autocast_adapter_dtype=False)",
     "lora-match-nocast-rN": "both of these",
     "dora-rN": "PEFT's DoRA of rank N",
+    "shira-rN": "PEFT's SHiRA with as many parameters as LoRA of rank N",
+    "miss-rN": "PEFT's MiSS of rank N",
     "full": "every weight of the layers trains",
 }
 
@@ -56,6 +60,9 @@ class Method:
             "full": "full fine-tuning",
             "paca": f"PaCA r={rank}",
             "paca-unshared": f"PaCA r={rank}, unshared columns",
+            "paca-upstream": f"PaCA r={rank}, PEFT 0.22's way",
+            "shira": f"SHiRA r={rank}",
+            "miss": f"MiSS r={rank}",
             "lora": f"LoRA r={rank}",
             "lora-match": f"LoRA r={rank} (parameters of PaCA r={self.rank})",
             "lora-nocast": f"LoRA r={rank}, weight's dtype",
@@ -78,16 +85,25 @@ class Method:
                 parameter.requires_grad_(not name.startswith("embed_tokens"))
             return model
 
+        rank = self.rank_for(shape)
+        if self.family == "paca-upstream":
+            from paca.bench.upstream import adapt
+
+            return adapt(model, rank)
+
         import peft
 
         from paca.config import PacaConfig
 
-        rank = self.rank_for(shape)
         config: peft.PeftConfig
         if self.family.startswith("paca"):
             config = PacaConfig(
                 r=rank, paca_alpha=rank, target_modules="all-linear", share_columns=self.family == "paca"
             )
+        elif self.family == "shira":
+            config = peft.ShiraConfig(r=rank, target_modules="all-linear", random_seed=0)
+        elif self.family == "miss":
+            config = peft.MissConfig(r=rank, miss_dropout=0.0, target_modules="all-linear")
         else:
             config = peft.LoraConfig(
                 r=rank,

@@ -11,12 +11,15 @@ from dataclasses import asdict
 from paca.bench.environment import exact_environment
 from paca.bench.methods import parse_methods
 from paca.bench.result import Peak
+from paca.bench.setting import Setting
 from paca.bench.shapes import Shape
 
 STEPS = 2  # the second finds optimizer state and the first one's leftovers in place
 
 
-def measure_peak(method: str, shape: Shape, dtype: str, backend: str, threads: int, seed: int) -> Peak:
+def measure_peak(
+    method: str, shape: Shape, dtype: str, backend: str, threads: int, seed: int, setting: Setting
+) -> Peak:
     """Start a process that trains a method for two steps and return what it read from the device's allocator.
 
     The process runs with `EXACT_MALLOC`, whatever this one runs with: an allocator that holds on to freed memory would
@@ -32,6 +35,7 @@ def measure_peak(method: str, shape: Shape, dtype: str, backend: str, threads: i
         "backend": backend,
         "threads": threads,
         "seed": seed,
+        "setting": asdict(setting),
     }
     process = subprocess.run(
         [sys.executable, "-m", "paca.bench.peak", json.dumps(task)],
@@ -56,9 +60,10 @@ def _main(task: str) -> None:
 
     wanted = json.loads(task)
     torch.set_num_threads(wanted["threads"])
-    backend = paca.set_backend(wanted["backend"])
+    backend = paca.set_backend(wanted["backend"], **wanted["setting"]["strategies"])
     method = next(method for method in parse_methods(wanted["method"]) if method.name == wanted["method"])
-    contestant = Contestant(method, Shape(**wanted["shape"]), getattr(torch, wanted["dtype"]), backend, wanted["seed"])
+    shape, setting = Shape(**wanted["shape"]), Setting(**wanted["setting"])
+    contestant = Contestant(method, shape, getattr(torch, wanted["dtype"]), backend, wanted["seed"], setting)
     gc.collect()
     backend.synchronize()
     backend.reset_peak_memory()

@@ -18,7 +18,26 @@ def tables(result: Result) -> list[Table]:
     made = [_steps(result), _phases(result)] if timed else []
     if result.methods[FLOOR].kept or result.methods[FLOOR].peak:
         made.append(_memory(result))
+    if (fits := limits(result)) is not None:
+        made.append(fits)
     return made
+
+
+def limits(result: Result) -> Table | None:
+    """Return what fits in how much memory, if it was measured."""
+    rows = [
+        [
+            method.label,
+            f"{fits.cap / 1e9:g}",
+            f"{fits.longest:,}",
+            f"{fits.largest:,}",
+            f"{fits.tokens_per_second:,.0f}",
+        ]
+        for method in result.methods.values()
+        for fits in method.limits
+    ]
+    head = ["method", "GB", "longest sequence", f"largest batch x {result.shape.tokens}", "tokens/s with it"]
+    return Table("What fits in a memory", head, rows) if rows else None
 
 
 def conditions(result: Result | SwitchResult) -> list[str]:
@@ -26,15 +45,18 @@ def conditions(result: Result | SwitchResult) -> list[str]:
     optimizer = ", AdamW" if isinstance(result, Result) else ""
     machine, shape = result.machine, result.shape
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    settings = result.settings
+    extras = [name for name in ("checkpointing", "liger") if settings.get(name)]
+    extras += [settings["graph"]] if settings.get("graph", "eager") != "eager" else []
     lines = [
         f"{shape.layers} Llama layers, hidden {shape.hidden}, ffn {shape.ffn}, heads {shape.heads}/{shape.kv_heads}, "
-        f"batch {shape.batch} x {shape.tokens} tokens, {result.settings['dtype']}{optimizer}",
+        f"batch {shape.batch} x {shape.tokens} tokens, {', '.join([settings['dtype'], *extras])}{optimizer}",
         f"{machine['processor']}, {machine['cores']} cores; device: {machine['device']}; threads: {machine['threads']}",
         f"{packages}, Python {machine['python']}; commit {machine['revision'] or 'unknown'}; {machine['date']}",
         f"command: {result.command}",
     ]
     if result.load:
-        clock = "process CPU time" if result.clock == "cpu" else "wall time"
+        clock = {"cpu": "process CPU time", "wall": "wall time", "device": "events of the device"}[result.clock]
         lines.append(
             f"{len(result.load)} rounds, interleaved in random order; {clock}; malloc: {machine['malloc']}; "
             f"load average {min(result.load):.1f} to {max(result.load):.1f}"

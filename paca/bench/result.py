@@ -13,6 +13,7 @@ from paca.bench.shapes import Shape
 
 FORMAT = "paca-bench"
 VERSION = 1
+CLOCKS = ("cpu", "wall", "device")
 PHASES = ("forward", "backward", "optimizer")
 
 
@@ -22,6 +23,7 @@ class Seconds:
 
     cpu: float  # of all threads of the process
     wall: float
+    device: float | None = None  # between events in the device's queue, where it has them
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,16 @@ class Peak:
     peak: int  # highest during two steps
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What fits in so much memory, and how fast it trains there; 0 where nothing fits."""
+
+    cap: int  # bytes, weights and optimizer included
+    longest: int  # tokens of one sequence
+    largest: int  # sequences of the shape's length
+    tokens_per_second: float  # with that batch
+
+
 @dataclass
 class MethodResult:
     """What was measured of one method.
@@ -67,6 +79,7 @@ class MethodResult:
         deviation: largest difference of output or input gradient from the floor's before the first step, relative to
             the largest value; shows that all methods did the same work. None if nothing was timed.
         samples: one a round; sample i of every method belongs to round i.
+        limits: what fits in how much memory, if that was asked for.
     """
 
     label: str
@@ -76,6 +89,7 @@ class MethodResult:
     kept: Kept | None = None
     peak: Peak | None = None
     samples: list[Sample] = field(default_factory=list)
+    limits: list[Limit] = field(default_factory=list)
 
 
 @dataclass
@@ -87,7 +101,7 @@ class Result:
         settings: the options in force.
         machine: what it ran on, see `paca.bench.machine`.
         shape: sizes of the model and its batch.
-        clock: "cpu" or "wall", the clock that the tables use.
+        clock: "cpu", "wall" or "device", the clock that the tables use.
         methods: by name, in the order of the tables, the floor first.
         load: the machine's load average over one minute, at the start of each round.
     """
@@ -142,7 +156,11 @@ def _packed(method: dict[str, Any]) -> dict[str, Any]:
     """Turn samples into columns: phase → clock → seconds of each round."""
     samples = method.pop("samples")
     columns: dict[str, Any] = {
-        phase: {clock: [round(sample[phase][clock], 7) for sample in samples] for clock in ("cpu", "wall")}
+        phase: {
+            clock: [round(sample[phase][clock], 7) for sample in samples]
+            for clock in CLOCKS
+            if all(sample[phase][clock] is not None for sample in samples)
+        }
         for phase in PHASES
     }
     columns["page_faults"] = [sample["page_faults"] for sample in samples]
@@ -153,7 +171,7 @@ def _unpacked(method: Mapping[str, Any]) -> MethodResult:
     rounds = method["rounds"]
     samples = [
         Sample(
-            **{phase: Seconds(rounds[phase]["cpu"][i], rounds[phase]["wall"][i]) for phase in PHASES},
+            **{phase: Seconds(**{clock: times[i] for clock, times in rounds[phase].items()}) for phase in PHASES},
             page_faults=faults,
         )
         for i, faults in enumerate(rounds["page_faults"])
@@ -165,5 +183,6 @@ def _unpacked(method: Mapping[str, Any]) -> MethodResult:
         deviation=method["deviation"],
         kept=Kept(**method["kept"]) if method["kept"] else None,
         peak=Peak(**method["peak"]) if method["peak"] else None,
+        limits=[Limit(**limit) for limit in method.get("limits", [])],
         samples=samples,
     )

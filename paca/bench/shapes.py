@@ -62,6 +62,8 @@ SHAPES = {
     "small": Shape(layers=2, hidden=512, ffn=1408, heads=8, kv_heads=2, batch=1, tokens=512),
     "stack": Shape(layers=4, hidden=1024, ffn=2816, heads=16, kv_heads=4, batch=2, tokens=512),
     "decode": Shape(layers=4, hidden=1024, ffn=2816, heads=16, kv_heads=4, batch=1, tokens=16),
+    # Four layers with Llama-3-8B's dimensions, of which a dozen copies fit on a large GPU.
+    "llama-3-8b-train": Shape(layers=4, hidden=4096, ffn=14336, heads=32, kv_heads=8, batch=1, tokens=4096),
     # Two layers with Llama-3-8B's dimensions, few tokens: enough to count bytes, too few to time.
     "llama-3-8b": Shape(layers=2, hidden=4096, ffn=14336, heads=32, kv_heads=8, batch=1, tokens=16),
 }

@@ -13,7 +13,7 @@ from paca.bench.shapes import Shape
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
-    """Return a `LlamaModel` in training mode; the same weights for the same seed, drawn on the CPU.
+    """Return a `LlamaModel` in training mode; the same weights for the same seed on the same device.
 
     The vocabulary is a stub: the stack is fed embeddings, and no loss is taken, since both cost every method alike.
     """
@@ -31,7 +31,11 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         attention_dropout=0.0,
         **settings,
     )
-    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+    with (
+        torch.random.fork_rng(devices=[]),
+        _default_dtype(dtype),
+        device,
+    ):  # drawn there: 8 B weights take long on a CPU
         torch.manual_seed(seed)
         model: nn.Module = LlamaModel(config)
     return model.to(device).train()

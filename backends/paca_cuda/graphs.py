@@ -1,0 +1,211 @@
+"""Replays a training step from CUDA graphs, so that a small batch does not wait for Python to launch its kernels.
+
+The first calls of a model with some shapes run as usual; then forward and backward are captured, each as one graph, and
+from there on replayed. Columns are written into the weights in place, so a replay reads what the last optimizer step
+wrote.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+logger = logging.getLogger("paca")
+
+WARM_UP = 3  # calls before a capture: allocators, autotuners and lazy initialisations settle
+MOST_GRAPHS = 4  # of different shapes; each keeps the activations of a step
+
+_Tensors = list[Tensor | None]
+# Runs a function once while recording it; returns what it returned, and what runs it again and returns that anew.
+Record = Callable[[Callable[[], _Tensors]], tuple[_Tensors, Callable[[], _Tensors]]]
+
+
+def record_cuda_graph(function: Callable[[], _Tensors]) -> tuple[_Tensors, Callable[[], _Tensors]]:
+    """Capture a function as a CUDA graph, which writes to the same tensors each time; all share one pool of memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool()):
+        outputs = function()
+
+    def replay() -> _Tensors:
+        graph.replay()
+        return outputs
+
+    return outputs, replay
+
+
+def _pool() -> Any:
+    if not _pools:
+        _pools.append(torch.cuda.graph_pool_handle())
+    return _pools[0]
+
+
+_pools: list[Any] = []
+
+
+@dataclass
+class _Recording:
+    """A captured step for inputs of one shape."""
+
+    inputs: list[Tensor]  # copied into before a replay
+    differentiable: list[bool]  # of each output
+    spec: pytree.TreeSpec
+    forward: Callable[[], _Tensors]
+    grad_outputs: list[Tensor]  # one for each output that requires a gradient
+    wanted: list[bool]  # of inputs, then of parameters: whether they get a gradient
+    backward: Callable[[], _Tensors]
+
+
+class _Replay(Function):
+    """`apply(recording, *inputs, *parameters)` returns the outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording = recording
+        for static, given in zip(recording.inputs, tensors, strict=False):
+            static.copy_(given)
+        outputs = tuple(output.detach().clone() for output in recording.forward() if output is not None)
+        ctx.mark_non_differentiable(
+            *(output for output, differs in zip(outputs, recording.differentiable, strict=True) if not differs)
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gys: Tensor) -> tuple[Tensor | None, ...]:
+        recording = ctx.recording
+        given = [gy for gy, differs in zip(gys, recording.differentiable, strict=True) if differs]
+        for static, gy in zip(recording.grad_outputs, given, strict=True):
+            static.copy_(gy)
+        found = recording.backward()
+        # The graph's own tensors are overwritten by the next replay: what autograd keeps or adds to are copies, made in
+        # a few launches.
+        real = [grad for grad in found if grad is not None]
+        copies = iter(torch._foreach_mul(real, 1.0) if real else [])
+        each = iter([None if grad is None else next(copies) for grad in found])
+        return None, *(next(each) if wanted else None for wanted in recording.wanted)
+
+
+class GraphedModel(nn.Module):
+    """A model whose training steps are replayed from graphs; everything else runs as usual.
+
+    Inputs must be tensors and constants, outputs tensors in any nesting that torch's pytree knows. Each backward must
+    follow its forward before the next forward. Where shapes keep changing, or something cannot be captured, one warning
+    says so and the model runs as usual.
+
+    Args:
+        module: the model.
+        record: captures a function; a CUDA graph by default.
+    """
+
+    def __init__(self, module: nn.Module, record: Record = record_cuda_graph) -> None:
+        super().__init__()
+        self.module = module
+        self._record = record
+        self._seen: dict[object, int] = {}
+        self._recordings: dict[object, _Recording] = {}
+        self._eager: str | None = None  # why nothing is captured any more
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, from a graph where there is one for these shapes."""
+        if not (self.training and torch.is_grad_enabled()) or self._eager:
+            return self.module(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        key = spec, torch.is_autocast_enabled(), tuple(map(_signature, leaves)), tuple(map(id, trained))
+        if key not in self._recordings:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] <= WARM_UP or not self._may_record():
+                return self.module(*args, **kwargs)
+            try:
+                self._recordings[key] = self._capture(leaves, spec, trained)
+            except Exception as error:  # whatever it is, the model can still run
+                self._give_up(f"the step cannot be captured ({type(error).__name__}: {error})")
+                torch.cuda.synchronize() if torch.cuda.is_available() else None
+                return self.module(*args, **kwargs)
+        recording = self._recordings[key]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        outputs = _Replay.apply(recording, *tensors, *trained)  # type: ignore[no-untyped-call]
+        return pytree.tree_unflatten(outputs, recording.spec)
+
+    def _may_record(self) -> bool:
+        if len(self._recordings) < MOST_GRAPHS:
+            return True
+        self._give_up(
+            f"inputs came in more than {MOST_GRAPHS} shapes; pad or pack them to one length (group_by_length does not "
+            "suffice), or use graph='compile'"
+        )
+        return False
+
+    def _give_up(self, why: str) -> None:
+        self._eager = why
+        self._recordings.clear()
+        logger.warning("paca: graph='cuda_graph' is off for this model: %s. It runs eagerly from here on.", why)
+
+    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, trained: list[nn.Parameter]) -> _Recording:
+        """Record forward and backward for inputs like these."""
+        static = [
+            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        inputs = [leaf for leaf in static if isinstance(leaf, Tensor)]
+        args, kwargs = pytree.tree_unflatten(static, spec)
+        sources = [*inputs, *trained]
+        wanted = [source for source in sources if source.requires_grad]
+        live: list[Tensor] = []
+        found_spec: list[pytree.TreeSpec] = []
+
+        def forward() -> _Tensors:
+            made, found_spec[:] = _flat(self.module(*args, **kwargs))
+            live[:] = [output for output in made if output.requires_grad]
+            return [*made]
+
+        outputs, replay_forward = self._record(forward)
+        grad_outputs = [torch.empty_like(output) for output in live]
+
+        def backward() -> _Tensors:
+            return list(torch.autograd.grad(live, wanted, grad_outputs, allow_unused=True))
+
+        _, replay_backward = self._record(backward)
+        return _Recording(
+            inputs=inputs,
+            differentiable=[output is not None and output.requires_grad for output in outputs],
+            spec=found_spec[0],
+            forward=replay_forward,
+            grad_outputs=grad_outputs,
+            wanted=[source.requires_grad for source in sources],
+            backward=replay_backward,
+        )
+
+
+def _flat(output: Any) -> tuple[list[Tensor], list[pytree.TreeSpec]]:
+    """Return the tensors of an output and how they are nested.
+
+    Raises:
+        TypeError: if there is something else in it.
+    """
+    made, spec = pytree.tree_flatten(output)
+    for leaf in made:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"an output is no tensor but {type(leaf).__name__}")
+    return made, [spec]
+
+
+def _signature(leaf: Any) -> object:
+    """What must be equal for a graph to serve again: everything of a constant, all but the values of a tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf

@@ -1,0 +1,133 @@
+"""Finds how much a method can train in so much memory, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from paca.bench.environment import exact_environment
+from paca.bench.methods import parse_methods
+from paca.bench.result import Limit
+from paca.bench.setting import Setting
+from paca.bench.shapes import Shape
+
+if TYPE_CHECKING:
+    from paca.bench.contestant import Contestant
+
+TIMED_STEPS = 5
+_SEARCH_UP_TO = 1 << 20
+
+
+def largest_that_fits(fits: Callable[[int], bool], step: int) -> int:
+    """Return the largest multiple of `step` that fits, 0 if none does; what is smaller than one that fits, fits.
+
+    >>> largest_that_fits(lambda size: size <= 1000, 64)
+    960
+    """
+    good, bad = 0, 1
+    while bad * step <= _SEARCH_UP_TO and fits(bad * step):
+        good, bad = bad, bad * 2
+    while bad - good > 1 and good:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle * step) else (good, middle)
+    return good * step
+
+
+def measure_limit(method: str, shape: Shape, dtype: str, backend: str, seed: int, setting: Setting, cap: int) -> Limit:
+    """Start a process that trains ever larger batches of a method until the memory does not suffice.
+
+    Args:
+        method: its name.
+        shape: sizes; `tokens` is also the step of the search for the longest sequence.
+        dtype: of weights and activations.
+        backend: its name.
+        seed: of weights and batch.
+        setting: how the model runs.
+        cap: bytes that may be used.
+
+    Raises:
+        RuntimeError: with the end of the process's error output, if it fails for another reason.
+    """
+    task = {
+        **{"method": method, "shape": asdict(shape), "dtype": dtype, "backend": backend, "seed": seed},
+        **{"setting": asdict(setting), "cap": cap},
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", "paca.bench.limits", json.dumps(task)],
+        env=exact_environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        raise RuntimeError(f"the process that measures what fits with {method} failed:\n{process.stderr[-2000:]}")
+    return Limit(**json.loads(process.stdout.splitlines()[-1]))
+
+
+def search(build: Callable[[], Contestant], shape: Shape, cap: int) -> Limit:
+    """Find the longest sequence and the largest batch that train two steps, and time that batch.
+
+    Args:
+        build: makes the contestant; called once.
+        shape: sizes of the batch to start from.
+        cap: bytes. Where the device cannot refuse memory beyond it, its peak is read.
+    """
+    import torch
+
+    try:
+        contestant = build()
+    except torch.OutOfMemoryError:  # the weights alone are too much
+        return Limit(cap, 0, 0, 0.0)
+    backend = contestant.backend
+
+    def trains(sized: Shape) -> bool:
+        backend.reset_peak_memory()
+        try:
+            contestant.resize(sized)
+            for _ in range(2):
+                contestant.step()
+        except torch.OutOfMemoryError:
+            contestant.model.zero_grad()
+            contestant.x = contestant.gy = torch.empty(0)
+            return False
+        return backend.memory().peak <= cap
+
+    longest = largest_that_fits(lambda tokens: trains(replace(shape, batch=1, tokens=tokens)), shape.tokens)
+    largest = largest_that_fits(lambda batch: trains(replace(shape, batch=batch)), 1)
+    if not largest:
+        return Limit(cap, longest, 0, 0.0)
+    sized = replace(shape, batch=largest)
+    contestant.resize(sized)
+    clock = "wall" if backend.event() is None else "device"
+    seconds = statistics.median(contestant.step().seconds("step", clock) for _ in range(TIMED_STEPS))
+    return Limit(cap, longest, largest, round(sized.tokens_per_step / seconds, 1))
+
+
+def _main(task: str) -> None:
+    """Do one task and print its `Limit` as JSON."""
+    import torch
+
+    import paca
+    from paca.bench.contestant import Contestant
+
+    wanted = json.loads(task)
+    torch.set_num_threads(1)
+    backend = paca.set_backend(wanted["backend"], **wanted["setting"]["strategies"])
+    method = next(method for method in parse_methods(wanted["method"]) if method.name == wanted["method"])
+    shape, dtype = Shape(**wanted["shape"]), getattr(torch, wanted["dtype"])
+    setting = Setting(**wanted["setting"])
+    backend.limit_memory(wanted["cap"])
+    limit = search(lambda: Contestant(method, shape, dtype, backend, wanted["seed"], setting), shape, wanted["cap"])
+    print(json.dumps(asdict(limit)))
+    sys.stdout.flush()
+    os._exit(0)  # unloading models takes seconds and shows nothing
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

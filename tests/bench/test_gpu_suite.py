@@ -1,0 +1,236 @@
+"""The GPU suite, on a CPU with tiny sizes: every run of the plan works, and the summary shows what they measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import paca
+from paca.bench import main, plan, summary
+from paca.bench.agreement import deviation, first_step
+from paca.bench.contestant import Contestant
+from paca.bench.limits import largest_that_fits, search
+from paca.bench.methods import parse_methods
+from paca.bench.report import tables
+from paca.bench.result import read
+from paca.bench.setting import Setting
+from paca.bench.shapes import SHAPES, Shape
+from paca.bench.upstream import UpstreamLinear
+
+TINY = SHAPES["tiny"]
+SIZES = {"layers": 1}
+
+
+def contestant(name: str, setting: Setting | None = None) -> Contestant:
+    method = next(method for method in parse_methods(name) if method.name == name)
+    return Contestant(method, TINY, torch.float32, paca.get_backend(), 0, setting or Setting())
+
+
+def runs_of_tiny_size(only: str) -> list[plan.Run]:
+    return plan.gpu(
+        shape="tiny", sizes=SIZES, rounds=1, warmup=1, caps="1,80", backend="cpu", only=[only] if only else []
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of SHiRA's sparse tensors
+@pytest.mark.parametrize("name", ["paca-upstream-r8", "shira-r8", "miss-r8"])
+def test_every_further_method_starts_as_the_floor_and_then_trains(name: str) -> None:
+    floor, tried = first_step(contestant("floor")), contestant(name)
+    assert deviation(name, first_step(tried), floor) < 1e-4
+    for _ in range(2):
+        tried.step()
+    assert not torch.equal(tried.forward(), floor[0])
+
+
+def test_the_way_of_upstream_gives_the_gradients_of_paca_and_leaves_the_weight_as_it_was() -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Linear(8, 6, bias=False).requires_grad_(False)
+    before = base.weight.clone()
+    layer, x = UpstreamLinear(base, torch.tensor([1, 5])), torch.randn(2, 3, 8, requires_grad=True)
+    with torch.no_grad():
+        layer.delta.normal_()
+    y, gy = layer(x), torch.randn(2, 3, 6)
+    y.backward(gy)
+    adapted = before.index_add(1, layer.index, layer.delta.detach())
+    assert torch.allclose(y, x @ adapted.t(), atol=1e-6)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, gy @ adapted, atol=1e-6)
+    assert layer.delta.grad is not None
+    assert torch.allclose(layer.delta.grad, torch.einsum("bto,btr->or", gy, x[..., layer.index]), atol=1e-5)
+    assert torch.equal(base.weight, before)
+
+
+def test_recomputation_gives_the_same_gradients_and_keeps_less() -> None:
+    from paca.bench.kept import count_kept
+
+    plain, again = contestant("paca-r8"), contestant("paca-r8", Setting(checkpointing=True))
+    for a, b in zip(first_step(plain), first_step(again), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    kept = [count_kept(c.forward, c.model, c.last_layer).total for c in (plain, again)]
+    assert kept[1] < kept[0] / 4
+
+
+@given(limit=st.integers(0, 10**6), step=st.integers(1, 4096))
+def test_the_search_finds_the_largest_that_fits(limit: int, step: int) -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= limit
+
+    assert largest_that_fits(fits, step) == limit // step * step
+    assert len(asked) <= 50
+
+
+class Scarce(paca.get_backend().__class__):  # type: ignore[misc,name-defined]
+    """A CPU that has memory for so many tokens only, and times like a device with events."""
+
+    tokens = 300
+    name = "scarce"
+
+    def memory(self) -> paca.Memory:
+        used = self.now.x.shape[0] * self.now.x.shape[1]
+        return paca.Memory(0, used, 0)
+
+
+def test_what_fits_is_found_and_timed() -> None:
+    backend = Scarce()
+    method = parse_methods("paca-r8")[1]
+
+    def build() -> Contestant:
+        backend.now = Contestant(method, Shape(**{**vars(TINY), "tokens": 32}), torch.float32, backend, 0)
+        return backend.now
+
+    found = search(build, Shape(**{**vars(TINY), "tokens": 32}), cap=300)
+    assert (found.longest, found.largest) == (288, 9)
+    assert found.tokens_per_second > 0
+
+
+def test_weights_that_do_not_fit_leave_nothing() -> None:
+    def build() -> Contestant:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = search(build, TINY, cap=7)
+    assert (found.cap, found.longest, found.largest, found.tokens_per_second) == (7, 0, 0, 0.0)
+
+
+def test_a_batch_that_runs_out_of_memory_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = contestant("paca-r8")
+    step = made.step
+
+    def limited() -> object:
+        if made.x.numel() > 4 * TINY.tokens * TINY.hidden:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step()
+
+    monkeypatch.setattr(made, "step", limited)
+    found = search(lambda: made, TINY, cap=1 << 60)
+    assert (found.longest, found.largest) == (4 * TINY.tokens, 4)
+
+
+def test_the_plan_covers_sizes_settings_and_limits_and_every_command_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("paca.bench.setting.find_spec", lambda name: name)
+    assert main(["--suite", "gpu", "--dry-run", "--out", str(tmp_path / "gpu")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for batch, tokens in (
+        (1, 512),
+        (2, 512),
+        (4, 512),
+        (8, 512),
+        (16, 512),
+        (1, 4096),
+        (2, 4096),
+        (1, 8192),
+        (2, 8192),
+    ):
+        for name in ("eager", "liger", "compile", "graph", "checkpointing"):
+            assert any(f"] {name}-{batch}x{tokens} (to do)" in line for line in lines)
+    assert any("--caps=24,48,80" in line and "--layers=32" in line for line in lines)
+    assert not (tmp_path / "gpu").exists()
+    from paca.bench.command import _options, _parser
+
+    for run in plan.gpu(shape="llama-3-8b-train", sizes={}, rounds=20, warmup=3, caps="24", backend="cuda", only=[]):
+        options = _options(_parser().parse_args([*run.arguments, f"--out={tmp_path}/x.json"]))
+        assert options.dtype == "bfloat16"
+        assert options.shape.hidden == 4096
+
+
+@pytest.mark.slow
+def test_a_plan_is_run_goes_on_where_it_stopped_and_is_summed_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "gpu"
+    run = runs_of_tiny_size("checkpointing-1x512")[0]
+    short = plan.Run("short", tuple(a.replace("--tokens=512", "--tokens=8") for a in run.arguments))
+    wrong = plan.Run("wrong", ("--shape=tiny", "--methods=nonsense"))
+    assert plan.run([wrong, short], folder) == 1
+    assert [file.name for file in sorted(folder.glob("*.json"))] == ["short.json"]
+    assert "wrong failed with status 2" in capfd.readouterr().err
+    assert plan.run([short], folder) == 0
+    assert "(done already)" in capfd.readouterr().out
+    assert set(read(folder / "short.json").methods) == set(plan.STRONGEST.split(","))
+    assert main(["--report", str(folder), "--markdown", "--plot", str(tmp_path / "all.png")]) == 0
+    shown = capfd.readouterr().out
+    assert "| PaCA r=8, PEFT 0.22's way |" in shown
+    assert "Step time / LoRA r=8 with adapters in the weight's dtype" in shown
+    assert (tmp_path / "all.png").exists()
+
+
+@pytest.mark.slow
+def test_limits_are_measured_in_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    out = tmp_path / "limits.json"
+    arguments = ["--shape=tiny", "--methods=floor", "--measure=limits", "--caps=0.001", "--tokens=8", "--backend=cpu"]
+    assert main([*arguments, "--malloc=default", "--no-plot", f"--out={out}"]) == 0
+    (found,) = read(out).methods["floor"].limits
+    assert (found.cap, found.longest) == (10**6, 0)  # one megabyte does not hold a process
+    assert "What fits in a memory" in [table.title for table in tables(read(out))]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--caps=24,x", "--caps takes positive numbers"),
+        ("--strategies=gather", "--strategies takes kind=name pairs"),
+        ("--liger", "needs the package liger-kernel"),
+    ],
+)
+def test_a_wrong_option_is_refused(
+    option: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("paca.bench.setting.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main([option])
+    assert message in capsys.readouterr().err
+
+
+def test_the_summary_of_an_empty_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no result"):
+        summary.results_in(tmp_path)
+
+
+def test_a_device_with_events_is_timed_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Ticks one millisecond at each record."""
+
+        ticks = 0
+
+        def record(self) -> None:
+            Event.ticks += 1
+            self.at = Event.ticks
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(other.at - self.at)
+
+    tried = contestant("paca-r8")
+    monkeypatch.setattr(type(tried.backend), "event", lambda self: Event())
+    sample = tried.step()
+    assert [sample.seconds(phase, "device") for phase in ("forward", "backward", "optimizer")] == [0.001] * 3
+    assert sample.seconds("step", "device") == 0.003
