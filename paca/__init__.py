@@ -13,6 +13,7 @@ from paca.model import PacaModel
 from paca.peft_plugin import register
 from paca.registry import available_backends, get_backend, set_backend, use_backend
 from paca.requantise import merge_requantised
+from paca.trainer import trainer_class, training_arguments_class
 
 __all__ = [
     "AdapterBank",
@@ -35,6 +36,8 @@ __all__ = [
     "merge_requantised",
     "refresh",
     "set_backend",
+    "trainer_class",
+    "training_arguments_class",
     "use_backend",
     "verify",
 ]

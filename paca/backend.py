@@ -123,6 +123,7 @@ class Backend(ABC):
     name: ClassVar[str]  # what `set_backend` takes
     priority: ClassVar[int] = 0  # among usable backends the highest is the default
     choices: ClassVar[Choices] = PLAIN_TORCH
+    recipe_section: ClassVar[str] = ""  # the mapping in a recipe whose keys hold on this device only
     default_ops: ClassVar[Ops] = Ops()
 
     def __init__(self, **strategies: str) -> None:

@@ -90,6 +90,9 @@ def _marks(recorder: Any, steps: int, counted: list[int], compiled: Callable[[],
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            recorder.cut()
+
         def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
             recorder.cut()
 

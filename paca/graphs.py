@@ -34,6 +34,7 @@ SIZED_BY_DATA = frozenset(
 )
 _INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 _WRITES = frozenset({"index_copy_", "scatter_", "index_put_", "_index_put_impl_", "copy_"})
+_NAMES_ONLY = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})  # nothing runs
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -221,9 +222,8 @@ class GraphRecorder(TorchDispatchMode):
             self._judge(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
         if on_device:
-            name = str(func)
-            arguments = (*map(self._sign, inputs),)
-            self._graph.append(Operation(name, arguments, _where()))
+            if func not in _NAMES_ONLY:
+                self._graph.append(Operation(str(func), (*map(self._sign, inputs),), _where()))
             for tensor in tree_iter(out):
                 if isinstance(tensor, Tensor):
                     self._tag(tensor)

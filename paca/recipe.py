@@ -38,6 +38,7 @@ class RunOptions:
     attn_implementation: str | None = None
     backend: str | None = None
     strategies: dict[str, str] | None = None
+    gaudi: dict[str, Any] | None = None
     # The data
     train_file: str | list[str] | None = None
     eval_file: str | list[str] | None = None
@@ -272,6 +273,9 @@ def check(given: Mapping[str, Given], arguments: type) -> Recipe:
             )
         except _Mismatch as mismatch:
             faults.append(f"{item.where}: {name} must be {describe(hint)}; found {mismatch}")
+    if values["run"].get("gaudi"):
+        values["run"]["gaudi"], wrong = _of_section(values["run"]["gaudi"], keys, given["gaudi"].where)
+        faults += wrong
     faults += _missing(values, given)
     if faults:
         raise RecipeError(
@@ -291,6 +295,28 @@ def known_keys(arguments: type) -> dict[str, tuple[str, Any]]:
             if item.name not in _NOT_KEYS.get(owner, ()):
                 keys.setdefault(item.name, (owner, hints[item.name]))
     return keys
+
+
+def _of_section(
+    section: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Check the keys that hold on one device only; where its Trainer is not installed, nobody knows the others' types.
+
+    Returns:
+        The section with its values converted, and what is wrong with it.
+    """
+    converted, faults = dict(section), []
+    knows_all = "use_habana" in keys
+    for name, value in section.items():
+        owner, hint = keys.get(name, ("", None))
+        if (not owner and knows_all) or owner not in ("", "training"):
+            faults.append(f"{where}: gaudi: takes keys of GaudiTrainingArguments, found {name!r}{_nearest(name, keys)}")
+        elif owner:
+            try:
+                converted[name] = convert(value, hint)
+            except _Mismatch as mismatch:
+                faults.append(f"{where}: gaudi: {name} must be {describe(hint)}; found {mismatch}")
+    return converted, faults
 
 
 class _Mismatch(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -32,6 +33,7 @@ from paca.rows import DataError, Rows, open_files, open_hub
 from paca.trainer import exact, trainer_class, training_arguments_class
 
 Say = Callable[[str], None]
+logger = logging.getLogger("paca")
 
 DEFAULT_LENGTH = 1024  # tokens, where neither recipe nor model says less
 
@@ -341,6 +343,11 @@ def training_arguments(recipe: Recipe, data: Data, evaluate_only: bool = False) 
     chosen = dict(recipe.training)
     known = training_arguments_class().__dataclass_fields__
     chosen = {key: value for key, value in get_backend().training_arguments().items() if key in known} | chosen
+    if get_backend().recipe_section == "gaudi":
+        section = recipe.run.gaudi or {}
+        if unknown := sorted(section.keys() - known.keys()):
+            logger.warning("paca: gaudi: %s: ignored, the Trainer in use has no such argument", ", ".join(unknown))
+        chosen |= {key: value for key, value in section.items() if key in known}
     if data.held_out:
         chosen.setdefault("eval_strategy", "epoch")
     elif str(chosen.get("eval_strategy", "no")) != "no":

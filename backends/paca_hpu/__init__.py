@@ -51,6 +51,7 @@ class HPUBackend(Backend):
 
     name: ClassVar[str] = "hpu"
     priority: ClassVar[int] = 20
+    recipe_section: ClassVar[str] = "gaudi"
     choices: ClassVar[Choices] = _CHOICES
     default_ops: ClassVar[Ops] = replace(
         Ops(),

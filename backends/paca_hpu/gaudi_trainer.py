@@ -8,8 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +21,7 @@ from optimum.habana import (  # type: ignore[import-not-found]
 from torch import nn
 
 from paca_hpu import bridge
+from paca_hpu.portable import make_portable, make_scheduler_portable
 
 logger = logging.getLogger("paca")
 
@@ -79,14 +78,17 @@ class PacaGaudiTrainer(GaudiTrainer):  # type: ignore[misc]
             self.model.set_adapter(self.model.active_adapter)
         return super()._wrap_model(model, training, dataloader)
 
-    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
-        with _steps_beside_moments(self.optimizer):
-            super()._save_optimizer_and_scheduler(output_dir)
+    def create_optimizer(self) -> Any:
+        """Make the optimizer; its state is saved as other Trainers save theirs."""
+        optimizer = super().create_optimizer()
+        make_portable(getattr(optimizer, "optimizer", optimizer))
+        return optimizer
 
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            _complete(self.optimizer)
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the scheduler; its state is saved as other Trainers save theirs."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        make_scheduler_portable(scheduler, self.optimizer if optimizer is None else optimizer)
+        return scheduler
 
     def _load_rng_state(self, checkpoint: Any) -> None:
         """Go on without the device's random state where another kind of device saved the checkpoint."""
@@ -126,37 +128,3 @@ _torchs_checkpoint = torch.utils.checkpoint.checkpoint
 def _checkpoint(function: Any, *args: Any, use_reentrant: bool | None = None, **options: Any) -> Any:
     """Recompute as torch does; never reentrant, as optimum-habana demands in lazy mode."""
     return _torchs_checkpoint(function, *args, use_reentrant=False, **options)
-
-
-@contextmanager
-def _steps_beside_moments(optimizer: Any) -> Iterator[None]:
-    """Keep the number of steps where torch's AdamW looks for it while a checkpoint is written.
-
-    FusedAdamW counts in its groups and leaves each parameter's own `step` at 0, with which AdamW would start its bias
-    correction again.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    kept = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if "step" in group else ():
-            state = optimizer.state.get(parameter, {})
-            if "step" in state:
-                kept[parameter] = state["step"]
-                state["step"] = torch.tensor(float(group["step"]))
-    try:
-        yield
-    finally:
-        for parameter, step in kept.items():
-            optimizer.state[parameter]["step"] = step
-
-
-def _complete(optimizer: Any) -> None:
-    """Give FusedAdamW the keys that a checkpoint of torch's AdamW lacks: options, and the steps of a group."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    for group in optimizer.param_groups:
-        for name, value in optimizer.defaults.items():
-            group.setdefault(name, value)
-        if type(optimizer).__name__ == "FusedAdamW" and "step" not in group:
-            steps = [optimizer.state[p]["step"] for p in group["params"] if "step" in optimizer.state.get(p, {})]
-            if steps:
-                group["step"] = int(max(steps))

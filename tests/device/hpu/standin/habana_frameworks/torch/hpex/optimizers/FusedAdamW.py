@@ -46,8 +46,8 @@ class FusedAdamW(Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                    for moment in ("exp_avg", "exp_avg_sq"):  # made on the host, so they are no part of a graph
+                        state[moment] = torch.zeros(parameter.shape, dtype=parameter.dtype).to(parameter.device)
             group["step"] = group.get("step", 0) + 1
             beta1, beta2 = group["betas"]
             size = group["lr"]
