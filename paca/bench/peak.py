@@ -11,14 +11,14 @@ from dataclasses import asdict
 from paca.bench.environment import exact_environment
 from paca.bench.methods import parse_methods
 from paca.bench.result import Peak
-from paca.bench.setting import Setting
+from paca.bench.setting import PLAIN, Setting
 from paca.bench.shapes import Shape
 
 STEPS = 2  # the second finds optimizer state and the first one's leftovers in place
 
 
 def measure_peak(
-    method: str, shape: Shape, dtype: str, backend: str, threads: int, seed: int, setting: Setting
+    method: str, shape: Shape, dtype: str, backend: str, threads: int, seed: int, setting: Setting = PLAIN
 ) -> Peak:
     """Start a process that trains a method for two steps and return what it read from the device's allocator.
 
