@@ -37,10 +37,14 @@ test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interp
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --backend cuda-interpreted tests/parity/test_every_backend.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
 
+test-gaudi: $(VENV)/.installed ## run the real GaudiTrainer on a stand-in and on an emulated device, in an environment of its own
+	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh "$(VENV)"
+
 lint: $(VENV)/.installed ## check style, formatting and which module may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	@if [ -x $(BIN)/hadolint ]; then set -x; $(BIN)/hadolint docker/*.Dockerfile; else echo "hadolint is not built for this system: Dockerfiles not checked"; fi
 
 format: $(VENV)/.installed ## put style and formatting right where a tool can
 	$(BIN)/ruff check --fix
@@ -65,7 +69,7 @@ lock: $(VENV)/.installed ## write requirements/constraints.txt anew from pyproje
 setup: $(VENV)/.quickstart ## make the virtual environment and install everything into it, pinned
 
 clean: ## remove .venv, what was built and what tools have cached
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .cache dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and by itself, and nothing later may exchange it: torch.txt holds the version that is there.

@@ -20,7 +20,7 @@ FROM ${BASE_IMAGE}
 ENV HOME=/workspace PATH=/opt/paca/bin:${PATH} PYTHONUNBUFFERED=1
 RUN useradd --uid 1000 --no-create-home --home-dir /workspace paca && install -d -o paca /workspace
 COPY --from=build /opt/paca /opt/paca
-USER paca
+USER 1000
 WORKDIR /workspace
 RUN paca env
 ENTRYPOINT ["paca"]

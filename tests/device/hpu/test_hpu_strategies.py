@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from paca.columns import runs_of
 from paca.layer import PacaLayer
 from paca.strategies import ColumnWrite, gather_index_select, gather_slices
 from paca_hpu import HPUBackend, RehearsalBackend
-from paca_hpu.cost import one_hot_is_cheaper
+from paca_hpu.cost import gather_table, one_hot_is_cheaper, overhead_table
 from paca_hpu.gathers import gather_by_cost, gather_one_hot
 
 READS_BACK = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "min", "max"}
@@ -148,3 +149,9 @@ def test_the_cheaper_gather_depends_on_the_layer_alone_and_changes_once_with_the
     chosen = [one_hot_is_cheaper(n_in, r) for r in range(1, 257)]
     assert chosen == sorted(chosen)  # index_select up to some rank, the product beyond it
     assert chosen[0] is False
+
+
+def test_the_page_shows_what_the_cost_model_computes():
+    page = (Path(__file__).parents[3] / "docs" / "gaudi.md").read_text(encoding="utf-8")
+    assert "\n".join(gather_table()) in page
+    assert "\n".join(overhead_table()) in page

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Build the images for real without an engine: buildah on a Debian base of debootstrap. Run as root, in a scratch folder:
+#
+#     apt-get install -y buildah crun debootstrap
+#     ci/images.sh FOLDER [DEBIAN_MIRROR]
+#
+# The CPU image is built and run. The other two have bases that only their vendors' registries give: their steps are tried
+# on the same Debian base with a CPU build of torch, which shows that the steps work and nothing about the device.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$1 mirror=${2:-http://deb.debian.org/debian}
+export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
+# The machine's own certificates and pip settings serve the build.
+share=(--network host -v /etc/ssl/certs:/etc/ssl/certs:ro)
+for file in /etc/pip.conf "${PIP_CONFIG_FILE:-}"; do [ -f "$file" ] && share+=(-v "$file:/etc/pip.conf:ro"); done
+for links in ${PIP_FIND_LINKS:-}; do [ -d "$links" ] && share+=(-v "$links:$links:ro"); done
+
+tell() { printf '\n--> %s\n' "$*"; }
+
+if ! buildah inspect localhost/paca-base >/dev/null 2>&1; then
+    tell "a Debian base"
+    packages=ca-certificates,python3,python3-venv,python3-pip,python3-dev,gcc,libc6-dev
+    [ -e "$folder/rootfs/usr/bin/python3" ] ||
+        debootstrap --variant=minbase --include="$packages" bookworm "$folder/rootfs" "$mirror" >"$folder/debootstrap.log"
+    container=$(buildah from scratch)
+    buildah add -q "$container" "$folder/rootfs" /
+    buildah commit -q "$container" localhost/paca-base
+    buildah rm "$container" >/dev/null
+fi
+
+# build NAME DOCKERFILE BASE [ARGS...]
+build() {
+    local name=$1 file=$2 base=$3
+    shift 3
+    tell "$name from $base"
+    buildah bud -q "${share[@]}" --build-arg "BASE_IMAGE=$base" "$@" --ignorefile docker/cpu.Dockerfile.dockerignore -f "docker/$file" -t "localhost/$name" .
+    buildah images --format '{{.Name}} {{.Size}}' "localhost/$name"
+}
+
+# run IMAGE COMMAND...
+run() {
+    local container
+    container=$(buildah from "$1")
+    shift
+    buildah run --user 1000 "$container" -- "$@"
+    buildah rm "$container" >/dev/null
+}
+
+build paca:cpu cpu.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
+run localhost/paca:cpu paca env
+build paca:cuda-steps cuda.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
+
+tell "a stand-in for the Gaudi image: the base with a torch of its own"
+container=$(buildah from "${share[@]}" localhost/paca-base)
+buildah run "$container" -- python3 -m pip install -q --break-system-packages --no-cache-dir --extra-index-url "$index" torch==2.13.0
+buildah commit -q "$container" localhost/paca-torch
+buildah rm "$container" >/dev/null
+build paca:hpu-steps hpu.Dockerfile localhost/paca-torch
+tell "all images built"
