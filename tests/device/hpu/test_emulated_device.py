@@ -17,7 +17,7 @@ from paca.layer import PacaLayer
 from paca_hpu import HPUBackend
 
 pytestmark = [
-    pytest.mark.skipif(hpu_place.PLACE != "emulated", reason=hpu_place.WITHOUT),
+    pytest.mark.skipif(hpu_place.PLACE not in ("emulated", "device"), reason=hpu_place.WITHOUT),
     pytest.mark.filterwarnings("default"),
 ]
 TOKENS, IN, OUT = 24, 300, 32
