@@ -8,6 +8,7 @@ from typing import Any
 
 from paca.parity.findings import Finding, Status
 from paca.parity.formats import name_of
+from paca.parity.verify import THE_RECORD
 
 COMPARED, LEFT_OUT = "parity compared", "parity left out"
 
@@ -33,9 +34,10 @@ def lines(properties: Iterable[tuple[str, Any]]) -> list[str]:
         )
         count = Counter(value[4] for value in mine)
         results = ", ".join(f"{count[status.value]} {status.value}" for status in Status if count[status.value])
+        ways = [f"{len(strategies)} strategies", ", ".join(graphs)] if strategies else []
+        what = "float64 computed here" if backend == THE_RECORD else "the shipped record"
         found.append(
-            f"{backend} ({len(strategies)} strategies; {', '.join(graphs)}; {', '.join(dtypes)}) "
-            f"compared with the shipped record: {results}"
+            f"{backend} ({'; '.join([*filter(None, ways), ', '.join(dtypes)])}) compared with {what}: {results}"
         )
     found += [f"{backend} not compared: {why}" for backend, why in dict.fromkeys(v for n, v in noted if n == LEFT_OUT)]
     return found

@@ -84,9 +84,10 @@ def test_each_strategy_of_each_operation(record, choice, record_property):
 def test_training_steps(record, configuration, record_property, traced_only):
     """A layer of each residency, a block over several optimizer steps, a model in training; bits, bounds, drift."""
     skip_unless_usable(configuration, record_property)
-    if not configuration.default_graph:  # tracing the whole block takes seconds
-        record = replace(record, block_dtypes=(torch.bfloat16,))
-    findings = list(configuration_findings(record, configuration, Selection()))
+    selection = Selection()
+    if not configuration.default_graph:  # tracing takes seconds
+        record, selection = replace(record, block_dtypes=(torch.bfloat16,)), Selection(tiers=[BITWISE])
+    findings = list(configuration_findings(record, configuration, selection))
     assert_no_failure(findings, record_property)
     operations = {finding.operation for finding in findings}
     if configuration.default_graph or not configuration.changed:
