@@ -14,7 +14,7 @@ import paca
 from paca.bench import stack
 from paca.bench.shapes import Shape, matching_lora_rank
 
-RANK = 16  # of PaCA; LoRA gets the rank that trains as many parameters
+RANK = 8  # of PaCA, its default; LoRA gets the rank that trains as many parameters
 ADAPTERS = ("first", "second")
 
 
