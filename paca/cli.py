@@ -49,6 +49,7 @@ examples:
   paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT; nothing is lost
   paca export runs/quickstart --to vllm --out lora    with one rank and one scale, as LoRA servers want it
   paca export runs/quickstart --to llama.cpp --out lora    the same, for convert_lora_to_gguf.py
+  paca export runs/prefix --to prefix --r 2 --out small    the first columns of an adapter trained by prefixes
 """
 _IMPORT_EXAMPLES = """\
 examples:
@@ -201,8 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "turn an adapter into another kind, without loss", epilog=_EXPORT_EXAMPLES)
     export.add_argument("adapter", type=Path, metavar="ADAPTER", help="a saved PaCA adapter")
     export.add_argument(
-        "--to", choices=["lora", "vllm", "llama.cpp"], required=True, help="the kind to write, or who shall read it"
+        "--to",
+        choices=["lora", "vllm", "llama.cpp", "prefix"],
+        required=True,
+        help="the kind to write, or who shall read it; prefix: a smaller PaCA adapter",
     )
+    export.add_argument("--r", type=int, metavar="N", help="with --to prefix: columns of each layer to keep")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
 
     bring = command(
@@ -348,8 +353,14 @@ def _estimate(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, words: list[str]) -> None:
-    from paca.convert import export_lora
+    from paca.convert import export_lora, export_prefix
+    from paca.errors import AdapterError
 
+    if (options.r is not None) != (options.to == "prefix"):
+        raise AdapterError("--to prefix and --r go together: how many columns of each layer to keep")
+    if options.to == "prefix":
+        print(f"exported the first {options.r} columns to {export_prefix(options.adapter, options.out, options.r)}")
+        return
     out = export_lora(options.adapter, options.out, for_server=options.to != "lora")
     print(f"exported to {out}; {_serving(options.to, out)}")
 

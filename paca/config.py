@@ -54,6 +54,12 @@ class PacaConfig(PeftConfig):
             and channels, drawn over all layers together (`paca.s2ft`).
         copermute: with selection "s2ft", reorder heads and channels of the base model so that the trained columns lie
             side by side (`paca.permutation`).
+        prefix_training: {"min": b, "max": b'}: each step trains the first columns only, how many is drawn anew, so that
+            any prefix of the adapter is an adapter (DyLoRA); see docs/family.md for this and the next three.
+        groups: so many disjoint groups of columns, one of which trains in each step (MoSA).
+        reselect: every so many steps, give up the quarter of the columns that moved least for others.
+        group_lasso: strength of a penalty under which whole layers drop out (GS-LoRA).
+        warmup_adapter: a saved adapter, whose largest changes `selection="largest_change"` takes.
         columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the
             adapter file has them.
         share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather
@@ -99,6 +105,13 @@ class PacaConfig(PeftConfig):
     copermute: bool = field(
         default=False, metadata={"help": "put the trained heads and channels side by side (selection s2ft)"}
     )
+    prefix_training: dict[str, int] | None = field(
+        default=None, metadata={"help": "train random prefixes of min to max columns"}
+    )
+    groups: int | None = field(default=None, metadata={"help": "groups of columns, one trained a step"})
+    reselect: int | None = field(default=None, metadata={"help": "steps between choices of new columns"})
+    group_lasso: float = field(default=0.0, metadata={"help": "penalty under which whole layers drop out"})
+    warmup_adapter: str | None = field(default=None, metadata={"help": "a saved adapter for selection largest_change"})
     columns: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "columns chosen by hand, module name -> numbers"}
     )
@@ -136,12 +149,31 @@ class PacaConfig(PeftConfig):
         _one_of("bias", self.bias, BIASES)
         if self.copermute and self.selection != "s2ft":
             raise ValueError(f"`copermute` needs selection='s2ft', found {self.selection!r}")
+        self._check_schedules()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def _check_schedules(self) -> None:
+        if (prefix := self.prefix_training) is not None:
+            whole = sorted(prefix) == ["max", "min"] and all(type(b) is int for b in prefix.values())
+            if not whole or not 1 <= prefix["min"] <= prefix["max"] <= self.r:
+                raise ValueError(f"`prefix_training` must be {{min: b, max: b'}} with 1 ≤ b ≤ b' ≤ r, found {prefix!r}")
+        if self.groups is not None and not 2 <= self.groups <= self.r:
+            raise ValueError(f"`groups` must be from 2 to r = {self.r}, found {self.groups}")
+        if self.reselect is not None and self.reselect < 1:
+            raise ValueError(f"`reselect` must be a number of steps, at least 1, found {self.reselect}")
+        if self.group_lasso < 0:
+            raise ValueError(f"`group_lasso` must not be negative, found {self.group_lasso}")
+        if self.groups is not None and self.prefix_training is not None:
+            raise ValueError("`groups` and `prefix_training` both say which columns train in a step; choose one")
+        if (self.selection == "largest_change") != (self.warmup_adapter is not None):
+            raise ValueError(
+                "`warmup_adapter` and selection='largest_change' need each other: the columns come from it"
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; of `columns` only that they were chosen: the adapter file has them.

@@ -101,6 +101,41 @@ def export_lora(
     return write_adapter(_lora_config(saved), _lora_tensors(saved), out_dir)
 
 
+def export_prefix(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], r: int) -> Path:
+    """Write the first `r` columns of every layer of an adapter, which was trained by prefixes, as an adapter.
+
+    Strengths stay as they are. Which base it belongs to is checked by sizes only from then on.
+
+    Args:
+        adapter_dir: a saved PaCA adapter.
+        out_dir: must not exist, or be empty.
+        r: how many columns.
+
+    Raises:
+        FileNotFoundError, FileExistsError, AdapterError: if either folder is not as said, or a layer has fewer columns.
+    """
+    refuse_full(Path(out_dir))
+    saved = read_adapter(adapter_dir)
+    narrow = min(saved.layers, key=lambda name: len(saved.layers[name].index))
+    if not 1 <= r <= len(saved.layers[narrow].index):
+        raise AdapterError(
+            f"--r must be from 1 to {len(saved.layers[narrow].index)}, the columns of {narrow}; found {r}"
+        )
+    layers = {
+        name: SavedLayer(layer.index[:r].clone(), layer.delta[:, :r].contiguous(), layer.scale)
+        for name, layer in saved.layers.items()
+    }
+    config = copy.deepcopy(saved.config)
+    config.prefix_training, config.rank_pattern = None, {}
+    rank, alpha = _usual(layers)
+    config.r, config.paca_alpha = rank, alpha  # type: ignore[assignment]
+    config.alpha_pattern = {_only(n): _alpha(layer) for n, layer in layers.items() if _alpha(layer) != alpha}
+    widths = {name: saved.width(name) for name in layers}
+    config.base_fingerprint = {name: size_only(width) for name, width in widths.items() if width is not None} or None
+    config.columns = {}
+    return write_adapter(config, to_tensors(SavedAdapter(config, layers, saved.others)), out_dir)
+
+
 def import_lora(lora_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
     """Write a LoRA adapter each of whose A rows picks one column as a PaCA adapter, without loss.
 
@@ -252,7 +287,7 @@ def _columns_of(name: str, a: Tensor, b: Tensor, scale: float) -> SavedLayer:
 
 def _paca_config(config: LoraConfig, layers: dict[str, SavedLayer], widths: dict[str, int]) -> PacaConfig:
     """Give every layer the rank and the scale it has; those of most layers are the config's own."""
-    rank, alpha = Counter((len(layer.index), _alpha(layer)) for layer in layers.values()).most_common(1)[0][0]
+    rank, alpha = _usual(layers)
     return PacaConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -269,6 +304,11 @@ def _paca_config(config: LoraConfig, layers: dict[str, SavedLayer], widths: dict
         columns={},  # they are in the file
         base_fingerprint={name: size_only(width) for name, width in widths.items()},
     )
+
+
+def _usual(layers: dict[str, SavedLayer]) -> tuple[int, float]:
+    """Rank and alpha of most layers."""
+    return Counter((len(layer.index), _alpha(layer)) for layer in layers.values()).most_common(1)[0][0]
 
 
 def _alpha(layer: SavedLayer) -> float:

@@ -25,6 +25,7 @@ from paca.strategies import ColumnWrite
 
 if TYPE_CHECKING:
     from paca.layer import PacaLayer
+    from paca.schedule import Schedule
 
 ROWS_PER_CHECK = 8
 
@@ -128,6 +129,16 @@ def _owned(optimizer: Optimizer) -> list[PacaLayer]:
     return [layer for layer in list(_layers) if not parameters.isdisjoint(map(id, layer.paca_delta.values()))]
 
 
+def _scheduled(layers: Iterable[PacaLayer]) -> list[tuple[Schedule, list[PacaLayer]]]:
+    """List the schedules of layers whose adapters are in use, each with its layers, in the order of their names."""
+    found: dict[int, tuple[Schedule, list[PacaLayer]]] = {}
+    for layer in sorted((layer for layer in layers if layer.schedules), key=lambda layer: layer.name):
+        for schedule in layer.schedules:
+            if schedule.adapter in layer.paca_delta and schedule.adapter in layer.active_adapters:
+                found.setdefault(id(schedule), (schedule, []))[1].append(layer)
+    return list(found.values())
+
+
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _layers:
@@ -140,6 +151,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in layers:
         if layer.steps_per_check and step % layer.steps_per_check == 0:
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
+    for schedule, trained in _scheduled(_owned(optimizer)):
+        schedule.before_step(optimizer, trained)
 
 
 @torch.no_grad()
@@ -148,6 +161,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _layers:
         return
     layers = _owned(optimizer)
+    for schedule, trained in _scheduled(layers):
+        schedule.after_step(optimizer, trained)
     if layers:
         write_changed(layers)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from paca import freshness
 from paca.backend import Backend
-from paca.columns import AdaptedWeight, Adapter, ColumnSet, is_sharded, version_of
+from paca.columns import AdaptedWeight, Adapter, Columns, ColumnSet, is_sharded, version_of
 from paca.errors import BaseMismatchError
 from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
 from paca.permutation import ORDER
 from paca.quantised import QuantisedWeight, library_of
+from paca.schedule import Groups, Prefixes, Schedule
 from paca.select import checked_columns
 from paca.shared_input import SharedInput
 from paca.strategies import ColumnWrite, adapted_columns, gather_slices
@@ -78,6 +80,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # In a mixed batch: the adapter of each row, and of each row that beam search makes of it.
         self.row_adapters: tuple[Sequence[str], Sequence[str]] | None = None
+        self.schedules: list[Schedule] = []
+        self._prefixes: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # an adapter's columns, and so many of them
+        self._parts: dict[bytes, ColumnSet] = {}
         self.shared_input: SharedInput | None = None  # the layers that read what this one reads
         self._disable_adapters = False
         freshness.watch(self)
@@ -194,6 +199,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
             )
         cast_x = x.to(_compute_dtype(x))
+        if trains and (group := self._group(adapters)) is not None:
+            return self._forward_group(x, cast_x, group, adapters[0], columns)
         if self.shared_input is not None and (shared := self.shared_input.output(self, x, cast_x)) is not None:
             return shared
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
@@ -210,6 +217,25 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         )
         return y
 
+    def _forward_group(self, x: Tensor, cast_x: Tensor, group: slice, adapter: Adapter, columns: Columns) -> Tensor:
+        """Apply the layer, and train one group of the columns that the weight holds: only its channels are kept."""
+        key = columns.key + f"{group.start}:{group.stop}".encode()
+        if key not in self._parts:
+            self._parts[key] = ColumnSet([replace(adapter, index=columns.index[group].clone())])
+        part = self._parts[key]
+        return PacaLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
+            cast_x,
+            self._gathered(x, cast_x, part),
+            self.adapted.matrix,
+            self.get_base_layer().bias,
+            adapter.delta[:, group],
+            part.index,
+            adapter.scale,
+            None,
+            None if torch.compiler.is_compiling() else self.adapted.held,
+            self.adapted.ops,
+        )
+
     def trains_resident(self, device: torch.device) -> bool:
         """Whether a forward on that device would train all active adapters with the columns in the weight."""
         adapters = self.held_adapters()
@@ -218,6 +244,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             adapters
             and not self.merged
             and self.row_adapters is None
+            and self._group(adapters) is None
             and self.adapted.columns is not None
             and self.adapted.residency == "resident"
             and all(adapter.delta.requires_grad for adapter in adapters)
@@ -251,7 +278,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         assert y is not None
         return y
 
-    def _gathered(self, x: Tensor, cast_x: Tensor) -> Tensor:
+    def _gathered(self, x: Tensor, cast_x: Tensor, part: ColumnSet | None = None) -> Tensor:
         """Return x[..., index] in the dtype of the GEMM, shared by all layers that read the same `x` at these columns.
 
         It is remembered on `x` itself, so that it lives no longer than `x` does.
@@ -259,8 +286,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         Args:
             x: what the layer was given.
             cast_x: the same in the dtype of the GEMM.
+            part: which columns, if not all that train.
         """
-        columns, dtype = self.adapted.chosen, cast_x.dtype
+        columns, dtype = part or self.adapted.chosen, cast_x.dtype
         assert columns is not None
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return self._gather(cast_x.detach(), columns)
@@ -286,7 +314,32 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """List the adapters whose columns the weight should hold."""
         unmerged = [] if self.disable_adapters else self._live(self.active_adapters)
         names = self.merged_adapters or unmerged
-        return [Adapter(n, self.paca_delta[n], self.paca_indices[n], self.scaling[n]) for n in names]
+        return [self._adapter(name) for name in names]
+
+    def _adapter(self, name: str) -> Adapter:
+        """Return an adapter; in training those of its columns that the step runs with."""
+        delta, index = self.paca_delta[name], self.paca_indices[name]
+        prefixes = next((s for s in self.schedules if isinstance(s, Prefixes) and s.adapter == name), None)
+        if prefixes is not None and self.training and not self.merged_adapters and delta.requires_grad:
+            count = prefixes.part(len(index))[1]
+            whole, first = self._prefixes.get((name, count), (None, index))
+            if whole is not index:
+                first = index[:count].clone()
+                self._prefixes[name, count] = index, first
+            delta, index = delta[:, :count], first
+        return Adapter(name, delta, index, self.scaling[name])
+
+    def _group(self, adapters: Sequence[Adapter]) -> slice | None:
+        """Return which of the columns train in this step, if it is one group of them."""
+        groups = next((s for s in self.schedules if isinstance(s, Groups) and s.adapter == adapters[0].name), None)
+        if groups is None or not self.training or len(adapters) > 1:
+            return None
+        return slice(*groups.part(len(adapters[0].index)))
+
+    def replace_columns(self, adapter: str, index: Tensor) -> None:
+        """Let an adapter train other columns, (r,) sorted; those given up get their pretrained values back."""
+        self.paca_indices[adapter] = index.to(self.paca_indices[adapter].device)
+        self._mark_checked(adapter)
 
     def _live(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.paca_delta]

@@ -28,12 +28,14 @@ from paca import freshness, s2ft
 from paca.columns import why_not_resident
 from paca.compress import expanded
 from paca.config import PacaConfig, settings
+from paca.largest_change import largest_changes
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
 from paca.mixing import mixed_batch
 from paca.original import start_from_checkpoint
 from paca.permutation import copermute
 from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
 from paca.registry import get_backend
+from paca.schedule import schedules_of
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
 from paca.shared_input import share_inputs
 
@@ -69,6 +71,9 @@ class PacaModel(BaseTuner):
         if config.selection == "s2ft" and config.columns is None:
             config = self._structured(model, config)
             self.peft_config[adapter_name] = config
+        if config.selection == "largest_change" and config.columns is None:
+            config = largest_changes(config, self.targets(model, config))
+            self.peft_config[adapter_name] = config
         ranks = {name: len(columns) for name, columns in (config.columns or {}).items()}
         ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
         if ranks:  # columns are not saved with the config; how many there are must be
@@ -80,8 +85,21 @@ class PacaModel(BaseTuner):
         if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
             source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
             start_from_checkpoint(self._adapted_layers(), adapter_name, str(source))
+        self._schedule(config, adapter_name)
         share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
+
+    def _schedule(self, config: PacaConfig, adapter_name: str) -> None:
+        """Give the adapter's layers what changes from step to step, if the config asks for it."""
+        made = schedules_of(config, adapter_name)
+        for layer in self._adapted_layers():
+            layer.schedules = [schedule for schedule in layer.schedules if schedule.adapter != adapter_name]
+            if adapter_name in layer.paca_delta:
+                if config.groups and layer.residency != "resident":
+                    raise ValueError(
+                        f"{layer.name}: groups need weights that hold their columns, this is {layer.residency}"
+                    )
+                layer.schedules += made
 
     def _structured(self, model: nn.Module, config: PacaConfig) -> PacaConfig:
         """Draw whole heads and channels, and put them side by side in the base model if that is asked for."""

@@ -26,7 +26,15 @@ SHARED_INPUT = (
     ("q", "k", "v"),
 )
 
-SELECTIONS = ("random", "weight_norm", "activation_norm_large", "activation_norm_small", "gradient_norm", "s2ft")
+SELECTIONS = (
+    "random",
+    "weight_norm",
+    "activation_norm_large",
+    "activation_norm_small",
+    "gradient_norm",
+    "s2ft",
+    "largest_change",
+)
 # These rank columns by a score that needs data: `paca.calibrate` measures it.
 MEASURED = ("activation_norm_large", "activation_norm_small", "gradient_norm")
 

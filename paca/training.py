@@ -30,6 +30,7 @@ from paca.pretrained import (
 from paca.progress import use_readable_log
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
+from paca.schedule import go_to
 from paca.trainer import exact, trainer_class, training_arguments_class
 
 Say = Callable[[str], None]
@@ -492,6 +493,7 @@ def _train(trainer: Any, start: Checkpoint | None) -> dict[str, Any]:
     backend = get_backend()
     backend.reset_peak_memory()
     if start is None or start.step < _last_step(trainer):
+        go_to(trainer.model, start.step if start else 0)
         output = trainer.train(resume_from_checkpoint=str(start.path) if start else None)
         metrics = {key: value for key, value in output.metrics.items() if key != "total_flos"}
     else:

@@ -47,6 +47,7 @@ def make_runs(folder: Path) -> Path:
     write_jsonl(folder / "train.jsonl", rows[:24])
     write_jsonl(folder / "eval.jsonl", rows[24:])
     recipe = folder / "recipe.yaml"
+    # Columns that change from step to step must go on where they were.
     # 6 batches an epoch, 2 of them a step: 3 steps an epoch. Checkpoints and the end lie in the middle of epochs.
     recipe.write_text(
         f"""
@@ -54,6 +55,8 @@ model_name_or_path: {folder}/llama
 train_file: {folder}/train.jsonl
 eval_file: {folder}/eval.jsonl
 r: 4
+prefix_training: {{min: 1, max: 4}}
+reselect: 3
 learning_rate: 1e-2
 per_device_train_batch_size: 4
 gradient_accumulation_steps: 2
