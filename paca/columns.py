@@ -32,8 +32,8 @@ class Adapter:
 
     def key(self) -> tuple[object, ...]:
         """Change whenever torch can tell that a value changed."""
-        versions = version_of(self.delta), version_of(self.index)
-        return self.name, self.delta.data_ptr(), *versions, self.scale, len(self.index)
+        columns = len(self.index)
+        return self.name, self.delta.data_ptr(), version_of(self.delta), version_of(self.index), self.scale, columns
 
 
 def version_of(tensor: Tensor) -> int:
