@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from paca.backend import Backend
@@ -92,7 +92,7 @@ def write(record: Record, folder: Path) -> None:
     for dtype, trajectory in record.trajectories.items():
         tensors |= _prefixed(f"trajectory/{name_of(dtype)}/deltas", trajectory.deltas)
     partial = folder / f"{_TENSORS}.partial"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    partial.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
     os.replace(partial, folder / _TENSORS)
     document = {
         "schema": SCHEMA,
