@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,28 +88,30 @@ def predict(recipe: Recipe, config: Any, cards: Sequence[Device], names: Sequenc
         ValueError, TypeError: if the adapter does not fit it.
     """
     import torch
+    from tqdm import tqdm
 
     from paca.training import DEFAULT_LENGTH
 
     model = adapted_model(recipe, config)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = recipe.run.max_length or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    if limit and length > limit:
+        raise ValueError(f"max_length {length} is more than the {limit} tokens this model was made for")
     sequences = int(recipe.training.get("per_device_train_batch_size", 8))
     work = Work.of(recipe, sequences, length)
     found = {}
-    for name in names:
+    # In float32 the adapters have one dtype anyway.
+    chosen = [name for name in names if not (METHODS[name].low and model.dtype == torch.float32)]
+    for name in tqdm(chosen, unit="method", leave=False, disable=not (cards and sys.stderr.isatty())):
         method = METHODS[name]
-        if method.low and model.dtype == torch.float32:
-            continue  # the same as without
         if method.weight_format != "none" and recipe.run.quantization != "none":
             method = replace(method, weight_format=recipe.run.quantization)
         fits = {
             card.name: _fits(model, method, recipe, card, sequences, length, limit or max(_ALWAYS, length))
             for card in cards
         }
-        found[name] = Prediction(
-            method.label(model.dtype), _trained(model, method), footprint(model, method, work), fits
-        ).raw()
+        label, memory = method.label(model.dtype), footprint(model, method, work)
+        found[name] = Prediction(label, _trained(model, method), memory, fits).raw()
     parameters, linears, _, _ = model.sizes()
     return {
         "what": "predicted from shapes, not measured",

@@ -70,21 +70,23 @@ def largest_batch(model: Model, method: Method, work_of: WorkOf, length: int, de
 def _largest(peak: Callable[[int], int], device: Device, most: int) -> int:
     """The largest number from 1 to `most` whose peak fits, or 0; peaks rise with the number.
 
-    They rise almost evenly, so that the line between what fits and what does not leads near the border at once.
+    They rise almost evenly, so that the line through the last two leads near the border at once. Where it leads
+    nowhere, because they do not, the interval is halved.
     """
-    fits, low = 1, peak(1)
-    if not device.holds(low):
-        return 0
-    fails, high = most, peak(most)
-    if device.holds(high):
-        return most
     room = (device.bytes - CONTEXT_BYTES) / (1 + ALLOCATOR_SHARE)
-    by_line = True
+    fits, fails = 0, most + 1
+    asked: list[tuple[int, int]] = []
+    widths = [most]
+    number = 1
     while fails - fits > 1:
-        guess = fits + int((fails - fits) * (room - low) / (high - low)) if by_line else (fits + fails) // 2
-        guess = min(max(guess, fits + 1), fails - 1)
-        if device.holds(found := peak(guess)):
-            by_line, fits, low = fails - guess < (fails - fits) / 2, guess, found
+        asked.append((number, peak(number)))
+        if device.holds(asked[-1][1]):
+            fits = number
         else:
-            by_line, fails, high = guess - fits < (fails - fits) / 2, guess, found
+            fails = number
+        widths.append(fails - fits)
+        stuck = len(widths) > 5 and widths[-1] > widths[-4] / 2
+        (a, low), (b, high) = asked[-2:] if len(asked) > 1 else [(0, 0), (8, 0)]
+        along = b + int((room - high) / (high - low) * (b - a)) if high != low else b + (b - a)
+        number = (fits + fails) // 2 if stuck else min(max(along, fits + 1), fails - 1)
     return fits

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -113,11 +114,20 @@ class Model:
         return auto.from_config(config, **options)
 
     def sizes(self, layers: int | None = None) -> tuple[int, int, int, int]:
-        """Count values: all, those of linears, and the inputs and outputs of what is adapted, each r times."""
+        """Count values: all, those of linears, and the inputs and outputs of what is adapted, each r times.
+
+        Raises:
+            ValueError: if a layer has fewer inputs than r.
+        """
         with torch.device("meta"):
             base = self.empty(layers)
         targets = {name: in_out_features(layer) for name, layer in PacaModel.targets(base, self.settings).items()}
         ranks = {name: rank_of(self.settings, name) for name in targets}
+        for name, (wide, _) in targets.items():
+            if ranks[name] > wide:
+                raise ValueError(
+                    f"r = {ranks[name]} is more than the {wide} input columns of {name}; choose r ≤ {wide}"
+                )
         return (
             sum(parameter.numel() for parameter in base.parameters()),
             sum(module.weight.numel() for module in base.modules() if type(module) is nn.Linear),
@@ -185,11 +195,25 @@ def _repeats(model: Model) -> bool:
 
 def _run(model: Model, method: Method, work: Work, layers: int | None) -> Footprint:
     """Simulate one step of a model with so many layers, or all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say of memory formats and renamed methods is for real runs
+    with _quiet():
         with torch.device("meta"):
             network = adapted(model.empty(layers), method, model.settings, model.dtype).train()
         return _run_on_shapes(network, model, work, whole=layers is None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what libraries remark on caches and renamed methods: it is meant for real runs."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _run_on_shapes(network: Any, model: Model, work: Work, whole: bool) -> Footprint:
