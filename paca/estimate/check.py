@@ -97,7 +97,6 @@ def _model(case: Case) -> Any:
         num_key_value_heads=case.kv_heads,
         vocab_size=case.vocabulary,
         max_position_embeddings=max(case.length, 2048),
-        attn_implementation="sdpa",
     )
     settings = PacaConfig(r=case.r, paca_alpha=case.r, target_modules="all-linear", task_type="CAUSAL_LM")
     return Model(config, "causal_lm", getattr(torch, case.dtype), settings)
@@ -169,24 +168,29 @@ def _real(case: Case, device: Any) -> Any:
     torch.manual_seed(0)
     model = described.empty().to(device)
     if method.weight_format != "none":
-        _quantise(model, described.dtype, device)
+        put_nf4_in(model, described.dtype, device)
     settings = described.settings
     if method.family == "lora":
         settings = LoraConfig(
             r=case.r, lora_alpha=case.r, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=not method.low)
-    if method.low:
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(described.dtype)
+    adapted = with_adapters_of(adapted, method, described.dtype)
     if case.checkpointing:
         enable = getattr(adapted, "activation_checkpointing_enable", None) or adapted.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    return adapted
+
+
+def with_adapters_of(adapted: Any, method: Any, dtype: Any) -> Any:
+    """Give adapters the method's dtype as TRL does: over quantised weights PEFT leaves them in float32."""
+    for parameter in adapted.parameters() if method.low else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return adapted.train()
 
 
-def _quantise(model: Any, dtype: Any, device: Any) -> None:
+def put_nf4_in(model: Any, dtype: Any, device: Any) -> None:
     """Put NF4 layers in the place of all linears but the last, as `from_pretrained` does with a checkpoint."""
     from importlib import import_module
 

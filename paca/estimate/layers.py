@@ -19,7 +19,8 @@ from paca.backend import Ops
 from paca.columns import version_of
 from paca.estimate.meter import Meter
 from paca.linear import PacaLinear
-from paca.strategies import adapted_columns
+from paca.quantised import QuantisedLinear
+from paca.strategies import Form, adapted_columns
 
 _Gathered = tuple[int | None, dict[tuple[str, torch.dtype], Tensor]]  # when, and what by columns and dtype
 
@@ -38,54 +39,73 @@ def quantised_bytes(weight_format: str, rows: int, columns: int) -> tuple[int, i
     return -(-rows * columns // 2), scales + 4 * -(-scales // _NESTED_BLOCK) + 4 * (16 + 256 + 1)
 
 
-class QuantisedLinear(nn.Linear):
+class FrozenLinear(nn.Linear):
     """A frozen linear whose weight is kept in few bits and dequantised for each GEMM.
+
+    It is also what `paca.quantised.QuantisedLinear` asks of a quantised weight.
 
     Args:
         like: the layer whose place it takes.
         weight_format: "nf4", "int8" or "fp8".
+        dtype: of the GEMM.
     """
 
-    def __init__(self, like: nn.Linear, weight_format: str) -> None:
+    def __init__(self, like: nn.Linear, weight_format: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = like.in_features, like.out_features, like.bias
         codes, scales = quantised_bytes(weight_format, like.out_features, like.in_features)
         self.weight = nn.Parameter(torch.empty(codes, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
-        self.weight_format = weight_format
+        self.weight_format, self.dtype, self.ops = weight_format, dtype, plain_ops()
         self.meter: Meter | None = None  # told what is dequantised
 
-    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight dequantised, (out, in); its scales are dequantised on the way.
+    @property
+    def layer(self) -> FrozenLinear:
+        """What the library's own kernel is called through."""
+        return self
 
-        Args:
-            dtype: of the result.
-            out: memory for it, of at least its size.
-        """
+    @property
+    def form(self) -> Form:
+        """How trained columns are applied, by default."""
+        return self.ops.quantised_form(self.weight_format == "nf4", True)
+
+    def gemm_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the GEMM; bitsandbytes' 4-bit layers do not follow autocast."""
+        return self.dtype if self.weight_format == "nf4" else _gemm_dtype(x)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix, (out, in); its scales are dequantised on the way."""
         size = self.out_features * self.in_features
         scales = torch.empty(size // _BLOCK if self.weight_format == "nf4" else self.out_features)
-        weight = out[:size] if out is not None else torch.empty(size, dtype=dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
         if self.meter is not None:
             self.meter.record(scales, "dequantised")
             self.meter.record(weight, "dequantised")
-        return weight.view(self.out_features, self.in_features)
+        return weight
+
+    def overlaid(self, index: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """The dequantised weight with its trained columns, (out, in)."""
+        weight = self.dequantised(dtype)
+        return weight.index_copy_(1, index, adapted_columns(weight.index_select(1, index), delta, scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, (…, in)."""
-        return cast(Tensor, _QuantisedMap.apply(x, self))  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenMap.apply(x.to(self.gemm_dtype(x)), self)  # type: ignore[no-untyped-call]
+        return y.to(x.dtype)
 
 
-class _QuantisedMap(Function):
+class _FrozenMap(Function):
     """Dequantises in forward and again in backward; keeps nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense(x.dtype), layer.bias)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, layer.dequantised(x.dtype), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None]:
-        return gy @ ctx.layer.dense(gy.dtype), None
+        return gy @ ctx.layer.dequantised(gy.dtype), None
 
 
 class PacaStandIn(nn.Module):
@@ -97,72 +117,50 @@ class PacaStandIn(nn.Module):
         drawn_as: layers of one name that read the same input have the same columns, and share one gather.
         dtype: of the kept columns, that of the GEMM.
         swap: whether the columns are put in around each GEMM instead of living in the weight.
-        workspace: memory that all quantised layers dequantise into; its size is that of the largest.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        r: int,
-        drawn_as: str,
-        dtype: torch.dtype,
-        swap: bool,
-        workspace: Tensor | None = None,
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, r: int, drawn_as: str, dtype: torch.dtype, swap: bool) -> None:
         super().__init__()
         self.base_layer, self.drawn_as, self.swap = base_layer, drawn_as, swap
         out = base_layer.nf if isinstance(base_layer, Conv1D) else cast(nn.Linear, base_layer).out_features
         self.paca_delta = nn.Parameter(torch.empty(out, r, dtype=torch.promote_types(dtype, torch.float32)))
         self.register_buffer("paca_indices", torch.zeros(r, dtype=torch.int64))
-        if not isinstance(base_layer, QuantisedLinear):  # a quantised weight is never written
+        if not isinstance(base_layer, FrozenLinear):  # a quantised weight is never written
             self.register_buffer("base_columns", torch.empty(out, r, dtype=dtype))
-        self.register_buffer("workspace", workspace)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, (…, in)."""
         layer: Any = self.base_layer
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        index = cast(Tensor, self.paca_indices)
-        xs = self._gathered(x, index, dtype)
-        if isinstance(layer, QuantisedLinear):
-            return cast(Tensor, _OverlaidMap.apply(x.to(dtype), xs, self.paca_delta, index, self))  # type: ignore[no-untyped-call]
+        index, delta = cast(Tensor, self.paca_indices), self.paca_delta
+        if isinstance(layer, FrozenLinear):
+            cast_x = x.to(layer.gemm_dtype(x))
+            xs = self._gathered(x, cast_x, index)
+            given = x if layer.form is Form.SPLIT else cast_x
+            y: Tensor = QuantisedLinear.apply(given, xs, layer.bias, delta, index, 1.0, layer, layer.form)  # type: ignore[no-untyped-call]
+            return y.to(x.dtype) if layer.weight_format == "nf4" else y
+        cast_x = x.to(_gemm_dtype(x))
+        xs = self._gathered(x, cast_x, index)
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         base = self.base_columns if self.swap else None
-        arguments = (x.to(dtype), xs, weight, layer.bias, self.paca_delta, index, 1.0, base, None, plain_ops())
+        arguments = (cast_x, xs, weight, layer.bias, delta, index, 1.0, base, None, plain_ops())
         return cast(Tensor, PacaLinear.apply(*arguments))  # type: ignore[no-untyped-call]
 
-    def overlaid(self, index: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-        """The dequantised weight with its trained columns, (out, in)."""
-        weight = cast(QuantisedLinear, self.base_layer).dense(dtype, cast(Tensor, self.workspace))
-        return weight.index_copy_(1, index, adapted_columns(weight.index_select(1, index), delta, 1.0))
-
-    def _gathered(self, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def _gathered(self, x: Tensor, cast_x: Tensor, index: Tensor) -> Tensor:
         """The input's channels, shared as `PacaLayer` shares them."""
         shared: Any = x
         version, kept = cast(_Gathered, getattr(shared, "_paca_gathered", (None, {})))
         if version != version_of(x):
             kept = {}
             shared._paca_gathered = version_of(x), kept
-        key = self.drawn_as, dtype
+        key = self.drawn_as, cast_x.dtype
         if key not in kept:
-            kept[key] = plain_ops().gather(x.detach(), index).to(dtype)
+            kept[key] = plain_ops().gather(cast_x.detach(), index)
         return kept[key]
 
 
-class _OverlaidMap(Function):
-    """Puts the trained columns into the dequantised weight, in forward and again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, xs: Tensor, delta: Tensor, index: Tensor, layer: PacaStandIn) -> Tensor:
-        ctx.save_for_backward(xs, delta, index)
-        ctx.layer = layer
-        return F.linear(x, layer.overlaid(index, delta, x.dtype), cast(nn.Linear, layer.base_layer).bias)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, delta, index = ctx.saved_tensors
-        gx = gy @ ctx.layer.overlaid(index, delta, gy.dtype)
-        return gx, None, plain_ops().grad_columns(gy, xs, 1.0), None, None
+def _gemm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a linear layer on `x`."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 @cache

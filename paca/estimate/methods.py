@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paca.config import PacaConfig
-from paca.estimate.layers import PacaStandIn, QuantisedLinear, qlora_layer
+from paca.estimate.layers import FrozenLinear, PacaStandIn, qlora_layer
 from paca.model import PacaModel, rank_of
 from paca.recipe import Recipe
 from paca.select import shared_name
@@ -70,7 +70,7 @@ def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype
     model.requires_grad_(False)
     targets = list(PacaModel.targets(model, settings))
     if method.weight_format != "none":
-        _quantise(model, method.weight_format)
+        _quantise(model, method.weight_format, dtype)
     if method.family == "lora":
         return _with_lora(model, method, settings, dtype)
     _with_columns(model, targets, settings, dtype)
@@ -84,28 +84,25 @@ def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype
 
 def _with_columns(model: Any, targets: list[str], settings: PacaConfig, dtype: torch.dtype) -> None:
     layers = {name: model.get_submodule(name) for name in targets}
-    quantised = [layer for layer in layers.values() if isinstance(layer, QuantisedLinear)]
-    largest = max((layer.in_features * layer.out_features for layer in quantised), default=0)
-    workspace = torch.empty(largest, dtype=dtype) if largest else None
     tied = {id(weight) for weight in _tied_weights(model)}
     for name, layer in layers.items():
         swap = settings.residency == "swap" or id(layer.weight) in tied
         drawn_as = shared_name(name) if settings.share_columns else name
-        stand_in = PacaStandIn(layer, rank_of(settings, name), drawn_as, dtype, swap, workspace)
+        stand_in = PacaStandIn(layer, rank_of(settings, name), drawn_as, dtype, swap)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, stand_in)
         if layer.bias is not None and settings.bias != "none":
             layer.bias.requires_grad_(True)
 
 
-def _quantise(model: Any, weight_format: str) -> None:
+def _quantise(model: Any, weight_format: str, dtype: torch.dtype) -> None:
     """Quantise every linear but the one that ends the model, as transformers does."""
     last = next(reversed(list(model.named_parameters())))[0].rpartition(".")[0]
     kept = {id(model.get_output_embeddings()), id(model.get_submodule(last))}
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and id(module) not in kept:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, QuantisedLinear(module, weight_format))
+            setattr(model.get_submodule(parent), leaf, FrozenLinear(module, weight_format, dtype))
 
 
 def _with_lora(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype) -> Any:
@@ -121,7 +118,7 @@ def _with_lora(model: Any, method: Method, settings: PacaConfig, dtype: torch.dt
         task_type=settings.task_type,
         **{name: copy.copy(getattr(settings, name)) for name in same},
     )
-    config._register_custom_module({QuantisedLinear: qlora_layer()})
+    config._register_custom_module({FrozenLinear: qlora_layer()})
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     if method.low:
         for parameter in adapted.parameters():

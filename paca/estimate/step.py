@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
-from paca.estimate.layers import QuantisedLinear
+from paca.estimate.layers import FrozenLinear
 from paca.estimate.meter import Meter
 from paca.estimate.methods import Method, adapted
 from paca.layer import in_out_features
@@ -315,11 +315,10 @@ def simulate(network: Any, batch: dict[str, Any], work: Work, vocabulary: int | 
 def _record_model(network: Any, meter: Meter) -> None:
     """Note what is in memory before the step, by kind."""
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        named = {"base_columns": "columns", "paca_indices": "columns", "workspace": "dequantised"}
-        kinds = (named[part] for part in name.split(".") if part in named)
-        meter.record(tensor, "adapter" if tensor.requires_grad else next(kinds, "weights"))
+        columns = any(part in ("base_columns", "paca_indices") for part in name.split("."))
+        meter.record(tensor, "adapter" if tensor.requires_grad else "columns" if columns else "weights")
     for module in network.modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, FrozenLinear):
             module.meter = meter
 
 
