@@ -15,10 +15,23 @@ _USE = """\
 ```python
 import paca  # makes PEFT know PaCA
 from peft import {auto}
-
-model = {auto}.from_pretrained("path/to/this/folder")
+{imports}
+model = {auto}.from_pretrained("path/to/this/folder"{how})
 ```
 """
+# What loads the base as it was while the adapter was trained, by `quantization`: an import and an argument.
+_LOADED_AS = {
+    "none": ("", ""),
+    "nf4": (
+        "from transformers import BitsAndBytesConfig\n",
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    ),
+    "int8": ("from transformers import BitsAndBytesConfig\n", "BitsAndBytesConfig(load_in_8bit=True)"),
+    "fp8": (
+        "from torchao.quantization import Float8WeightOnlyConfig\nfrom transformers import TorchAoConfig\n",
+        "TorchAoConfig(Float8WeightOnlyConfig())",
+    ),
+}
 
 
 def model_card(recipe: Recipe, metrics: Mapping[str, Any], samples: list[dict[str, str]], trainable: str) -> str:
@@ -54,7 +67,10 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], samples: list[dict[st
             "",
         ]
     auto = "AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification"
-    lines += ["## Use\n", _USE.format(auto=auto), "## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n"]
+    imports, config = _LOADED_AS[run.quantization]
+    how = f",\n    quantization_config={config},\n" if config else ""
+    use = _USE.format(auto=auto, imports=imports, how=how)
+    lines += ["## Use\n", use, "## Recipe\n", f"```yaml\n{recipe.to_yaml()}```\n"]
     return "\n".join(lines)
 
 

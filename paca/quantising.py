@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from paca.recipe import RecipeError, RunOptions
 
+# What `paca.quantised` calls a format in fingerprints, and what a recipe does.
+_RECORDED = {"nf4": "nf4", "int8": "int8", "Float8Tensor": "fp8"}
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "torchao"}
 
 
@@ -50,6 +52,17 @@ def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
     except ImportError as error:  # installed, but not for this torch or this machine
         raise RecipeError(f"quantization {wanted}: {package} cannot be used here: {error}") from error
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def recorded(settings: Mapping[str, Any]) -> str:
+    """Say how the base was quantised that an adapter's settings have fingerprints of; "none" if it was not, or unknown.
+
+    Args:
+        settings: as in `adapter_config.json`.
+    """
+    fingerprints = settings.get("base_fingerprint") or {"": ""}
+    _, _, after_inputs = str(next(iter(fingerprints.values()))).partition(":")
+    return _RECORDED.get(after_inputs.partition(":")[0], "none")
 
 
 def compute_dtype(run: RunOptions, config: Any) -> Any:

@@ -28,6 +28,7 @@ from paca.pretrained import (
     to_device,
 )
 from paca.progress import use_readable_log
+from paca.quantising import recorded
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
 from paca.schedule import go_to
@@ -149,7 +150,11 @@ def of_adapter(adapter: Path, given: Mapping[str, Given]) -> Recipe:
     # A checkpoint's recipe is that of the run around it.
     saved = next((read_file(f) for f in (adapter / RECIPE, adapter.parent / RECIPE) if f.is_file()), {})
     task = {theirs: ours for ours, theirs in TASK_TYPES.items()}.get(settings.get("task_type") or "", "causal_lm")
-    least = {"model_name_or_path": settings["base_model_name_or_path"], "task": task}
+    least = {
+        "model_name_or_path": settings["base_model_name_or_path"],
+        "task": task,
+        "quantization": recorded(settings),
+    }
     where = str(adapter / "adapter_config.json")
     known = {key: Given(value, where) for key, value in least.items()} | saved | dict(given)
     for key in ("resume_from_checkpoint", "overwrite_output_dir"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
     """
     from paca.training import write_text
 
+    given = list(words)
     if not words or words[0].startswith("--"):
         raise RecipeError("say which model: a folder, a config.json, a name on the hub or of a known size, or a recipe")
     try:
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
         raise RecipeError(f"this model cannot be run on shapes alone: {error}") from error
     print("\n".join(table(result)))
     if options.json:
-        write_text(options.json, json.dumps(result, indent=1))
+        write_text(options.json, json.dumps({"command": _command(options, given)} | result, indent=1))
         print(f"\nwritten to {options.json}")
 
 
@@ -182,6 +184,12 @@ def _config_in(file: Path) -> Any:
         return AutoConfig.from_pretrained(str(file))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file} is no model's configuration: {error}") from error
+
+
+def _command(options: argparse.Namespace, words: Sequence[str]) -> str:
+    """What to type to get the result again."""
+    more = [word for key in ("methods", "gpu") if (said := getattr(options, key)) for word in (f"--{key}", said)]
+    return shlex.join(["paca", "estimate", *words, *more])
 
 
 def _packages() -> dict[str, str]:

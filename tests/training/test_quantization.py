@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from paca import quantising
+from paca.cli import main
 from paca.pretrained import load_model, to_device
 from paca.recipe import RecipeError, RunOptions, read_recipe
 from paca.registry import get_backend
@@ -57,6 +59,35 @@ def test_a_quantised_model_is_not_moved(llama: Path) -> None:
     model = load(llama, "int8")
     assert to_device(model, torch.device("meta")) is model
     assert to_device(torch.nn.Linear(1, 1), torch.device("meta")).weight.is_meta
+
+
+@pytest.mark.parametrize("wanted", ["nf4", "int8", "fp8"])
+def test_an_adapter_meets_the_base_that_it_was_trained_on(
+    wanted: str, llama: Path, texts: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(quantising.PACKAGES[wanted])
+    run, score = tmp_path / "run", tmp_path / "score.json"
+    data = ["--train_file", str(texts), "--eval_file", str(held_out), "--disable_tqdm"]
+    how = ["--max_steps", "12", "--per_device_train_batch_size", "8", "--learning_rate", "2e-2", "--r", "8"]
+    model = ["--model_name_or_path", str(llama), "--quantization", wanted, "--output_dir", str(run)]
+    assert main(["train", *model, *data, *how]) == 0
+    told = json.loads((run / "all_results.json").read_text())
+    assert told["eval_loss"] < told["eval_before_loss"] - 0.2
+    assert "quantization_config=" in (run / "README.md").read_text()
+
+    assert main(["evaluate", str(run), "--json", str(score)]) == 0
+    assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-5)
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt", "7 then ", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("7 then ")
+
+    assert main(["evaluate", str(run), "--quantization", "none"]) == 2
+    assert "was made for another base model" in capsys.readouterr().err
+
+    (run / "recipe.yaml").unlink()  # the adapter's own settings say it, too
+    assert quantising.recorded(json.loads((run / "adapter_config.json").read_text())) == wanted
+    assert main(["evaluate", str(run), "--eval_file", str(held_out), "--json", str(score)]) == 0
+    assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("wanted", "package"), quantising.PACKAGES.items())
