@@ -63,7 +63,6 @@ def test_quantised_weights_take_a_quarter_and_keep_no_columns(llama: Path) -> No
     dense, quantised = (told(llama, "--quantization", kind).memory.at_peak for kind in ("none", "nf4"))
     assert quantised["weights"] < 0.5 * dense["weights"]  # embeddings and head stay as they are
     assert quantised["columns"] < dense["columns"]
-    assert quantised["dequantised"] > 0 == dense.get("dequantised", 0)
 
 
 def test_gradients_of_earlier_batches_are_there_all_the_time(llama: Path) -> None:
