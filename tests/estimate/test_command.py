@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from paca.cli import main
 from paca.estimate.architectures import NAMES, config_of
 from paca.estimate.methods import METHODS
+from paca.estimate.table import table
 
 SIZES = {
     "vocab_size": 512,
@@ -126,3 +127,17 @@ def test_help_names_all_models_and_methods(capsys: pytest.CaptureFixture[str]) -
         main(["estimate", "--help"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*NAMES, *METHODS))
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "estimate.md").read_text()
+    prediction, check = (
+        json.loads((docs / "estimate-result" / f"{name}.json").read_text()) for name in ("llama-3.1-70b", "check-cpu")
+    )
+    assert "\n".join(table(prediction)) in page
+    assert prediction["command"] in page
+    assert check["command"] in page
+    for row in check["compared"]:
+        assert f"| {row['predicted'] / 2**20:.1f} | {row['measured'] / 2**20:.1f} | {row['ratio']:.3f} |" in page
+        assert abs(row["ratio"] - 1) < 0.15
