@@ -85,8 +85,8 @@ class _Replay(Function):
         for static, gy in zip(recording.grad_outputs, given, strict=True):
             static.copy_(gy)
         found = recording.backward()
-        # The graph's own tensors are overwritten by the next replay: what autograd keeps or adds to are copies, made in
-        # a few launches.
+        # The graph's own tensors are overwritten by the next replay. Copies are made here in a few launches, which
+        # autograd takes as they are; of the graph's own it would make a copy each.
         real = [grad for grad in found if grad is not None]
         copies = iter(torch._foreach_mul(real, 1.0) if real else [])
         each = iter([None if grad is None else next(copies) for grad in found])
