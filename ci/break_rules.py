@@ -298,7 +298,6 @@ BREAKS = [
         "tests/family/test_structured_selection.py::test_a_co_permuted_adapter_trains_and_saves_what_an_unpermuted_one_does",
     ),
     Break(
-<<<<<<< HEAD
         "prefixes and groups: momentum moves columns that rest",
         "paca/schedule.py",
         "            tensor.data.index_copy_(1, rest, values)",
@@ -318,7 +317,8 @@ BREAKS = [
         "                schedule.step = step",
         "                pass",
         "tests/family/test_schedules.py::test_a_resumed_run_trains_what_an_uninterrupted_one_does",
-=======
+    ),
+    Break(
         "rule 9, gradients match: a shared input's second product replaces the first",
         "paca/strategies.py",
         "total.addmm_(_tokens(gy), weight)",
@@ -331,7 +331,6 @@ BREAKS = [
         "return y if key == layer.adapted.held.key else None",
         "return y",
         "tests/device/cuda/test_shared_input.py::test_columns_that_change_before_an_output_is_collected_are_seen",
->>>>>>> 7ecc52a (Count launches; document the CUDA backend and its benchmark)
     ),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,9 +43,7 @@ class Setting:
     def fuse(self, model: nn.Module) -> nn.Module:
         """Put fused kernels into a new stack and return it."""
         if self.liger:
-            from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[import-not-found]
-
-            apply_liger_kernel_to_llama(
+            import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(
                 rope=True,
                 rms_norm=True,
                 swiglu=True,
