@@ -111,13 +111,22 @@ class QuantisedWeight(AdaptedWeight):
         return bool(self.library.supports_merge)
 
     @property
-    def dequantises_to_multiply(self) -> bool:
-        """Whether the library's own training forward is dequantise and GEMM, so that `overlay` has the same bits."""
+    def is_bnb_4bit(self) -> bool:
+        """Whether it is one of bitsandbytes' 4-bit layers."""
         return self.library.backend_name == "bnb 4bit"
+
+    def dequantises_to_multiply(self, trains: bool) -> bool:
+        """Whether the library's own product is now dequantise and GEMM, so that `overlay` has the same bits.
+
+        On CUDA that holds in training from some number of tokens on; below it bitsandbytes' fused kernels differ from
+        it by rounding.
+        """
+        fused = getattr(self.layer, "support_avx512bf16_for_cpu", False) or self.parameter.device.type != "cpu"
+        return self.is_bnb_4bit and (trains or not fused)
 
     def compute_dtype(self, x: Tensor, low: torch.dtype) -> torch.dtype:
         """The dtype in which the library multiplies: bitsandbytes' 4-bit layers do not follow autocast."""
-        if not self.dequantises_to_multiply:
+        if not self.is_bnb_4bit:
             return low
         own: torch.dtype | None = self.layer.compute_dtype  # type: ignore[assignment]
         return own or x.dtype
@@ -264,7 +273,7 @@ class QuantisedWeight(AdaptedWeight):
         trains = torch.is_grad_enabled() and (
             delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        form = self.ops.quantised_form(self.dequantises_to_multiply, trains) if self.can_dequantise else Form.SPLIT
+        form = self.ops.quantised_form(self.dequantises_to_multiply(trains)) if self.can_dequantise else Form.SPLIT
         xs = gather(x, cast_x) if (trains and delta.requires_grad) or form is Form.SPLIT else None
         y: Tensor
         if not self.can_dequantise:
@@ -273,7 +282,7 @@ class QuantisedWeight(AdaptedWeight):
             return y
         given = x if form is Form.SPLIT else cast_x  # the library casts as it likes
         y = QuantisedLinear.apply(given, xs, bias, delta, columns.index, scale, self, form)  # type: ignore[no-untyped-call]
-        return y.to(x.dtype) if self.dequantises_to_multiply else y
+        return y.to(x.dtype) if self.is_bnb_4bit else y
 
 
 class QuantisedLinear(Function):

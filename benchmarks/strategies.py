@@ -1,0 +1,170 @@
+"""Times every strategy of a backend against the others of its kind, interleaved; the defaults rest on this.
+
+    python benchmarks/strategies.py --out benchmarks/results/strategies/cpu.json
+    python benchmarks/strategies.py --report benchmarks/results/strategies/cpu.json      the table again, as Markdown
+
+Sizes are those of one linear layer, 1024 inputs and 2816 outputs, fed 1024 tokens. Each round runs all strategies once,
+in a new random order; a ratio is the median over rounds of a strategy's time to that of the first in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import paca
+from paca.backend import Backend, Ops
+from paca.strategies import ColumnWrite, Form
+
+TOKENS, INPUTS, OUTPUTS = 1024, 1024, 2816
+LAYERS = 4  # whose columns are written in one call
+Call = Callable[[], object]
+
+
+def tensor_steps(backend: Backend, r: int, dtype: torch.dtype) -> dict[str, dict[str, Call]]:
+    """Return a call for each strategy of each kind, by kind and name."""
+    device = backend.device()
+    make = torch.Generator().manual_seed(0)
+
+    def random_tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=make).to(device, of)
+
+    x, gy = random_tensor(TOKENS, INPUTS), random_tensor(TOKENS, OUTPUTS)
+    index = torch.randperm(INPUTS, generator=make)[:r].sort().values.to(device)
+    xs = x[:, index].contiguous()
+    base, delta = random_tensor(OUTPUTS, r), random_tensor(OUTPUTS, r, of=torch.float32)
+    writes = [ColumnWrite(random_tensor(OUTPUTS, INPUTS), index, base, delta, 2.0) for _ in range(LAYERS)]
+    run: dict[str, Callable[[Ops], Call]] = {
+        "gather": lambda ops: lambda: ops.gather(x, index),
+        "grad_columns": lambda ops: lambda: ops.grad_columns(gy, xs, 2.0),
+        "write": lambda ops: lambda: ops.write_columns(writes),
+    }
+    cls = type(backend)
+    return {
+        kind: {name: call(cls(**{kind: name}).ops) for name in cls.choices[kind]}
+        for kind, call in run.items()
+        if kind in cls.choices
+    }
+
+
+def quantised_steps(backend: Backend, r: int, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Call]]:
+    """Return a call for both forms of a product with an NF4 weight, in training and without gradients."""
+    import peft
+    from bitsandbytes.nn import Linear4bit
+
+    def layer(form: Form) -> torch.nn.Module:
+        torch.manual_seed(0)
+        quantised = Linear4bit(INPUTS, OUTPUTS, bias=False, quant_type="nf4", compute_dtype=dtype).to(backend.device())
+        with paca.use_backend(backend.name, quantised=form.value):
+            model = peft.get_peft_model(
+                torch.nn.Sequential(quantised), paca.PacaConfig(r=r, paca_alpha=r, target_modules=["0"])
+            )
+        return model.get_submodule("base_model.model.0")
+
+    x = torch.randn(tokens, INPUTS).to(backend.device(), dtype)
+    layers = {form.value: layer(form) for form in Form}
+
+    def train(one: torch.nn.Module) -> Call:
+        given = x.clone().requires_grad_()
+        return lambda: one(given).sum().backward()
+
+    def infer(one: torch.nn.Module) -> Call:
+        return torch.no_grad()(lambda: one(x))
+
+    return {
+        f"quantised, training, {tokens} tokens": {name: train(one.train()) for name, one in layers.items()},
+        f"quantised, without gradients, {tokens} tokens": {name: infer(one.eval()) for name, one in layers.items()},
+    }
+
+
+def measure(backend: Backend, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each call in each round; a round is one timed call of each, after an untimed one."""
+    order, times = list(calls), {name: list[float]() for name in calls}
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            calls[name]()
+            backend.synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            backend.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def record(backend: Backend, rounds: int) -> dict[str, Any]:
+    """Time everything and return the raw result."""
+    random.seed(0)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for r in (8, 64):
+            kinds = tensor_steps(backend, r, dtype)
+            if r == 64 and dtype is torch.float32:
+                for tokens in (1, TOKENS):
+                    kinds |= quantised_steps(backend, r, dtype, tokens)
+            for kind, calls in kinds.items():
+                results.append(
+                    {"kind": kind, "r": r, "dtype": str(dtype)[6:], "seconds": measure(backend, calls, rounds)}
+                )
+    return {
+        "backend": backend.name,
+        "device": backend.describe(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "paca": paca.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rounds": rounds,
+        "defaults": backend.strategies,
+        "results": results,
+    }
+
+
+def table(recorded: dict[str, Any]) -> str:
+    """Return the ratios to each kind's first strategy as a Markdown table."""
+    lines = ["| kind | dtype | r | strategy | µs | x first |", "| --- | --- | ---: | --- | ---: | ---: |"]
+    for row in recorded["results"]:
+        first = next(iter(row["seconds"].values()))
+        for name, times in row["seconds"].items():
+            ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
+            middle = statistics.median(times) * 1e6
+            lines.append(f"| {row['kind']} | {row['dtype']} | {row['r']} | {name} | {middle:,.0f} | {ratio:.2f} |")
+    where = (
+        f"{recorded['device']}, {recorded['threads']} threads, torch {recorded['torch']}, {recorded['date']}, "
+        f"{recorded['rounds']} rounds, load average {recorded['load_average']:.1f}"
+    )
+    return "\n".join([*lines, "", where, ""])
+
+
+def main() -> None:
+    """Measure, or show a result again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default=None, help="default: PACA_BACKEND or the best here")
+    parser.add_argument("--rounds", type=int, default=30, help="default 30")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the raw result there")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="show a raw result, and measure nothing")
+    given = parser.parse_args()
+    if given.report is not None:
+        print(table(json.loads(given.report.read_text(encoding="utf-8"))))
+        return
+    backend = paca.set_backend(given.backend) if given.backend else paca.get_backend()
+    recorded = record(backend, given.rounds)
+    if given.out is not None:
+        part = given.out.with_suffix(".part")
+        part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, given.out)
+    print(table(recorded))
+
+
+if __name__ == "__main__":
+    main()
