@@ -332,6 +332,27 @@ BREAKS = [
         "return y",
         "tests/device/cuda/test_shared_input.py::test_columns_that_change_before_an_output_is_collected_are_seen",
     ),
+    Break(
+        "graphs: a write shares its graph with the optimizer",
+        "paca/freshness.py",
+        "        ops.end_graph()\n        ops.write_columns(",
+        "        ops.write_columns(",
+        "tests/device/hpu/test_hpu_strategies.py::test_the_graph_ends_before_and_after_the_columns_of_a_step_are_written",
+    ),
+    Break(
+        "graphs: a value that is read back goes unseen",
+        "paca/graphs.py",
+        "        if name in READS_BACK:",
+        "        if False:",
+        "tests/device/hpu/test_hpu_graphs.py::test_a_planted_item_is_found_with_its_line",
+    ),
+    Break(
+        "graphs: shapes are no part of a graph's key",
+        "paca/graphs.py",
+        "return number, tuple(value.shape), value.stride(), value.storage_offset(), value.dtype",
+        "return number, (), (), 0, value.dtype",
+        "tests/device/hpu/test_hpu_graphs.py::test_a_ragged_last_batch_is_a_recompilation_with_the_line_and_the_shapes",
+    ),
 ]
 
 

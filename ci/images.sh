@@ -13,8 +13,9 @@ export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
 index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 # The machine's own certificates and pip settings serve the build.
 share=(--network host -v /etc/ssl/certs:/etc/ssl/certs:ro)
-for file in /etc/pip.conf "${PIP_CONFIG_FILE:-}"; do [ -f "$file" ] && share+=(-v "$file:/etc/pip.conf:ro"); done
-for links in ${PIP_FIND_LINKS:-}; do [ -d "$links" ] && share+=(-v "$links:$links:ro"); done
+pip_settings=${PIP_CONFIG_FILE:-/etc/pip.conf}
+if [ -f "$pip_settings" ]; then share+=(-v "$pip_settings:/etc/pip.conf:ro"); fi
+for links in ${PIP_FIND_LINKS:-}; do if [ -d "$links" ]; then share+=(-v "$links:$links:ro"); fi; done
 
 tell() { printf '\n--> %s\n' "$*"; }
 
