@@ -39,6 +39,7 @@ run standin 1 "$venv" "$gaudi"
 run standin 0 "$venv" "$gaudi" -k 'compile_mode or the_real_one or other_trainer'
 if why=$("$own/bin/python" -c 'import emulated_device; why = emulated_device.why_not(); print(why or ""); raise SystemExit(bool(why))'); then
     run emulated 0 "$own" tests/device/hpu/test_emulated_device.py
+    run emulated 0 "$own" tests/parity/test_every_backend.py --backend hpu -k 'each_strategy or eager'
     run emulated 1 "$venv" "$gaudi" -k 'the_real_one or True-True or same_bits or merging or planted'
     emulated="gradients bit for bit with the CPU, GaudiTrainer and transformers' own Trainer under autocast on a device that torch calls hpu"
 else
