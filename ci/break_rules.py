@@ -32,7 +32,29 @@ class Break(NamedTuple):
 LINEAR, FRESH = "tests/core/test_linear.py", "tests/freshness/test_never_stale.py"
 QUANTISED = "tests/quantised/test_qpaca.py"
 SWITCH, BANK = "tests/service/test_switching.py", "tests/service/test_bank.py"
+ESTIMATE = "tests/estimate"
 BREAKS = [
+    Break(
+        "estimate: what was freed still counts",
+        "paca/estimate/meter.py",
+        "            entry.died = self.moment\n",
+        "",
+        f"{ESTIMATE}/test_meter.py",
+    ),
+    Break(
+        "estimate: a layer's input is kept in place of its r channels",
+        "paca/estimate/layers.py",
+        "ctx.layer = layer\n        with torch.autocast",
+        "ctx.layer, ctx.x = layer, x\n        with torch.autocast",
+        f"{ESTIMATE}/test_step.py::test_shapes_tell_what_a_real_step_takes",
+    ),
+    Break(
+        "estimate: what fits leaves the allocator nothing to lose",
+        "paca/estimate/fit.py",
+        "round(peak * (1 + ALLOCATOR_SHARE)) + CONTEXT_BYTES",
+        "peak + CONTEXT_BYTES",
+        f"{ESTIMATE}/test_fit.py",
+    ),
     Break(
         "rule 1, identity at start: deltas start at random",
         "paca/layer.py",

@@ -48,6 +48,7 @@ class Prediction:
             "peak_bytes": self.memory.peak,
             "needed_bytes": needed(self.memory.peak),
             "kept_for_backward_bytes": self.memory.kept,
+            "gradient_bytes": max(use.get("gradients", 0) for use in self.memory.stages.values()),
             "bytes_at_peak": dict(self.memory.at_peak),
             "fits": self.fits,
         }

@@ -42,8 +42,9 @@ class Estimate:
         return [
             *lines,
             f"memory of one training step of {batch} when most is in use, {self.layers} layers adapted{remark}:",
-            *(f"  {label:<21} {size(use.get(kind, 0))}" for kind, label in KINDS.items()),
+            *(f"  {label:<21} {size(use[kind])}" for kind, label in KINDS.items() if use.get(kind)),
             f"  {'total':<21} {size(self.memory.peak)}",
+            *([] if use.get("gradients") else ["Gradients, as large as what trains, are made after that."]),
             "Found by a run on shapes alone. What the allocator loses and the framework itself come on top.",
         ]
 

@@ -10,6 +10,8 @@ from paca.estimate.step import KINDS
 
 _HEADS = {"columns": "columns", "adapter": "adapters", "kept": "kept", "dequantised": "dequant.", "temporary": "other"}
 
+_LATER = "Gradients, as large as the adapters, are made after that."
+
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
     """The lines that `paca estimate` prints of what it writes as JSON."""
@@ -27,6 +29,9 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
     for told in methods.values():
         parts = "".join(f"{told['bytes_at_peak'].get(kind, 0) / 2**30:10.2f}" for kind in kinds)
         yield f"{told['label']:<{wide}}{told['peak_bytes'] / 2**30:9.2f}  {parts}"
+    if "gradients" not in kinds:
+        yield ""
+        yield _LATER
     cards = list(next(iter(methods.values()))["fits"])
     if not cards:
         return
