@@ -20,6 +20,7 @@ from paca.estimate.fit import (
     devices,
     largest_batch,
     longest_sequence,
+    needed,
 )
 from paca.estimate.methods import METHODS
 from paca.estimate.step import Model, Work, footprint
@@ -99,3 +100,9 @@ def test_the_model_limits_sequences_and_too_small_a_device_holds_none(model: Mod
     assert longest_sequence(model, method, work_of, 1, Device("large", 80 * GIB), 4000) == 4000
     assert longest_sequence(model, method, work_of, 1, Device("small", GIB), 4000) == 0
     assert largest_batch(model, method, work_of, 64, Device("small", GIB)) == 0
+
+
+def test_a_device_needs_room_for_allocator_and_context_too() -> None:
+    assert needed(100 * GIB) == 106 * GIB
+    assert Device("106GB", 106 * GIB).holds(100 * GIB)
+    assert not Device("105GB", 105 * GIB).holds(100 * GIB)
