@@ -1,0 +1,52 @@
+"""The table of docs/family.md is that of the committed raw result, and every option has its recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def family() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("family", TOP / "benchmarks" / "family.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_committed_result(family: ModuleType) -> None:
+    page = (TOP / family.PAGE).read_text(encoding="utf-8")
+    assert page.count("<!-- family -->") == 1
+    if (TOP / family.RESULT).exists():
+        assert family.filled(page, json.loads((TOP / family.RESULT).read_text())) == page
+    else:
+        assert "It was not run yet." in page
+
+
+def test_the_table_says_what_the_runs_say(family: ModuleType) -> None:
+    def run(loss: float, seconds: float) -> dict[str, float]:
+        return {"eval_loss": loss, "trained": 1000, "file_bytes": 2_500_000, "step_cpu_seconds": seconds}
+
+    result = {
+        "steps": 40,
+        "recipe": "r.yaml",
+        "machine": {"processor": "P", "revision": "abc", "date": "today"},
+        "runs": {"groups": {"0": run(3.0, 1.0), "1": run(4.0, 1.2)}, "lora": {"0": run(3.5, 2.0), "1": run(3.5, 2.0)}},
+    }
+    rows = [line for line in family.table(result).splitlines() if line.startswith("| groups")]
+    assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 1,000 | 2.50 | 0.55 |"]
+
+
+def test_every_recipe_of_the_family_is_on_the_page() -> None:
+    page = (TOP / "docs" / "family.md").read_text(encoding="utf-8")
+    recipes = {path.name for path in (TOP / "recipes" / "family").glob("*.yaml")}
+    assert recipes
+    assert all(f"(../recipes/family/{name})" in page for name in recipes)
