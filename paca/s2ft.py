@@ -27,6 +27,7 @@ MLPS = (
     (("w1", "w3"), "w2"),
 )
 ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("q_proj", "k_proj", "v_proj"), "out_proj"))
+READERS = frozenset(reader for _, reader in (*MLPS, *ATTENTIONS))
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,8 @@ def chosen(model: nn.Module, config: PacaConfig, targets: Mapping[str, nn.Module
         )
     known = {name: block for name, block in blocks(model).items() if name in targets}
     if not known:
-        readers = sorted({reader for _, reader in (*MLPS, *ATTENTIONS)})
         raise ValueError(
-            f"selection='s2ft' trains {', '.join(readers)} beside the linears that make their input, and "
+            f"selection='s2ft' trains {', '.join(sorted(READERS))} beside the linears that make their input, and "
             f"target_modules={config.target_modules!r} has none of them in this model"
         )
     made = copy.deepcopy(config)

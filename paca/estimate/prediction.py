@@ -9,6 +9,7 @@ from paca.estimate.methods import method_of
 from paca.estimate.step import KINDS, CannotRun, Footprint, Model, Work, footprint
 from paca.quantising import compute_dtype
 from paca.recipe import Recipe
+from paca.s2ft import READERS
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,13 @@ def adapted_model(recipe: Recipe, config: Any) -> Model:
     """What a recipe trains of the model with this configuration."""
     from paca.training import adapter_config
 
-    # How columns are chosen changes neither counts nor bytes, and the other ways need values.
-    settings = replace(adapter_config(recipe), selection="random")
+    # How columns are chosen changes neither counts nor bytes, and the other ways need values or another adapter.
+    settings = adapter_config(recipe)
+    targets = settings.target_modules
+    if settings.selection == "s2ft":  # of the targets it trains these, `r` columns of each in the mean
+        named = READERS if targets is None or isinstance(targets, str) else set(targets) & READERS
+        targets = targets if isinstance(targets, str) and targets != "all-linear" else sorted(named)
+    settings = replace(settings, selection="random", copermute=False, warmup_adapter=None, target_modules=targets)
     return Model(config, recipe.run.task, compute_dtype(recipe.run, config), settings, recipe.run.trust_remote_code)
 
 

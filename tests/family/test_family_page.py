@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_models as tiny
+from peft import get_peft_model
 
 TOP = Path(__file__).parents[2]
 
@@ -50,3 +52,18 @@ def test_every_recipe_of_the_family_is_on_the_page() -> None:
     recipes = {path.name for path in (TOP / "recipes" / "family").glob("*.yaml")}
     assert recipes
     assert all(f"(../recipes/family/{name})" in page for name in recipes)
+
+
+@pytest.mark.parametrize("recipe", sorted((TOP / "recipes" / "family").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_its_parameters_are_counted_before_it_runs(recipe: Path) -> None:
+    from paca.estimate.prediction import estimate
+    from paca.recipe import read_recipe
+    from paca.training import adapter_config
+
+    read = read_recipe(recipe, ["--r", "16", "--paca_alpha", "16"])
+    predicted = estimate(read, tiny.llama(hidden_size=64).config, 16).trainable
+    config = adapter_config(read)
+    config.selection = "random" if config.selection == "largest_change" else config.selection
+    config.warmup_adapter = None
+    model = get_peft_model(tiny.llama(hidden_size=64), config)
+    assert predicted == model.get_nb_trainable_parameters()[0] > 0
