@@ -34,7 +34,10 @@ SIZED_BY_DATA = frozenset(
 )
 _INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 _WRITES = frozenset({"index_copy_", "scatter_", "index_put_", "_index_put_impl_", "copy_"})
-_NAMES_ONLY = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})  # nothing runs
+# Nothing runs for these.
+_NAMES_ONLY = frozenset(
+    {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -222,11 +225,12 @@ class GraphRecorder(TorchDispatchMode):
             self._judge(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
         if on_device:
+            made = [leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor)]
+            for tensor in made:
+                self._tag(tensor)
             if func not in _NAMES_ONLY:
                 self._graph.append(Operation(str(func), (*map(self._sign, inputs),), _where()))
-            for tensor in tree_iter(out):
-                if isinstance(tensor, Tensor):
-                    self._tag(tensor)
+                for tensor in made:
                     self._sign(tensor)
         return out
 

@@ -187,7 +187,8 @@ def test_a_planted_item_a_mask_and_a_ragged_batch_are_reported_of_gaudi_trainer_
     assert {"host sync", "boolean mask as an index"} <= {offence.kind for offence in recorder.offences}
     assert any("test_gaudi_trainer.py" in o.where for o in recorder.offences if o.kind == "host sync")
     assert recorder.compilations[2] > 0
-    assert "[1, 10]" in next(line for line in recorder.report() if line.startswith("step 3:"))
+    line = next(line for line in recorder.report() if line.startswith("step 3:"))
+    assert "[1, 10]" in line or "test_gaudi_trainer.py" in line  # on the device the cut itself is the first difference
 
 
 @eager_only
