@@ -63,12 +63,16 @@ class AdapterBank:
         pin_memory: keep host copies in page-locked memory, so that an accelerator fetches them without waiting.
 
     Raises:
-        ValueError: if the model has adapters already, or the limit is below 1.
+        ValueError: if the model has adapters already, the limit is below 1, or memory is to be pinned for a CPU.
     """
 
     def __init__(self, model: nn.Module, on_device: int | None = None, pin_memory: bool = False) -> None:
         if taken := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
             raise ValueError(f"a bank works on the base model, and {taken[0]} has an adapter; unload() it first")
+        if pin_memory and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+            raise ValueError(
+                "pin_memory is for models on an accelerator; this one is on the CPU, where nothing is fetched"
+            )
         if on_device is not None and on_device < 1:
             raise ValueError(f"on_device must be at least 1, found {on_device}")
         self.model = model

@@ -37,8 +37,8 @@ class Report:
         """Return the lines to print."""
         worst = max(self.errors, key=lambda name: self.errors[name])
         return [
-            f"{self.bits} bit{'s' if self.bits > 1 else ''} and a scale for each column: {self.before:,} bytes became {self.after:,}, "
-            f"{self.before / self.after:.1f} times smaller",
+            f"{self.bits} bit{'s' if self.bits > 1 else ''} and a scale for each column: {self.before:,} bytes became "
+            f"{self.after:,}, {self.before / self.after:.1f} times smaller",
             f"relative error of the update {self.total:.4f}, at most {self.errors[worst]:.4f} in one layer ({worst})",
         ]
 

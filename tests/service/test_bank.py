@@ -176,6 +176,13 @@ def test_a_quantised_weight_is_refused(tmp_path: Path) -> None:
         paca.AdapterBank(quantised).load("a", tmp_path)
 
 
+def test_options_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="on_device must be at least 1, found 0"):
+        paca.AdapterBank(tiny.mlp(), on_device=0)
+    with pytest.raises(ValueError, match="pin_memory is for models on an accelerator"):
+        paca.AdapterBank(tiny.mlp(), pin_memory=True)
+
+
 def test_a_model_with_adapters_has_no_bank() -> None:
     with pytest.raises(ValueError, match=r"works on the base model.*unload\(\) it first"):
         paca.AdapterBank(tiny.adapted(tiny.llama()))
