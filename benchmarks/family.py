@@ -152,7 +152,8 @@ def table(result: dict[str, Any]) -> str:
         )
     seeds = max(len(runs) for runs in result["runs"].values())
     machine = result["machine"]
-    lines += ["", f"{result['steps']} steps of {result['recipe']}, {seeds} seeds, processor time of one thread; "]
+    lines += ["", f"{result['steps']} steps of {result['recipe']} with one learning rate for all; seeds: {seeds}; "]
+    lines[-1] += "processor time of one thread; "
     lines[-1] += f"{machine['processor']}, commit {machine['revision']}, {machine['date']}."
     return "\n".join(lines)
 
