@@ -22,6 +22,6 @@ RUN useradd --uid 1000 --no-create-home --home-dir /workspace paca && install -d
 COPY --from=build /opt/paca /opt/paca
 USER 1000
 WORKDIR /workspace
-RUN paca env
+RUN paca env && paca parity verify --backend cpu --graph eager
 ENTRYPOINT ["paca"]
 CMD ["env"]

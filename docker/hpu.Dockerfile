@@ -18,7 +18,7 @@ RUN /opt/paca/bin/python -m pip install --no-cache-dir -c /opt/paca/torch.txt '.
 ENV HOME=/workspace PATH=/opt/paca/bin:${PATH} PYTHONUNBUFFERED=1 PT_HPU_LAZY_MODE=0
 WORKDIR /workspace
 # No device is there while the image is built: the hpu line says so, everything else has to work.
-RUN paca env
+RUN paca env && paca parity verify --backend cpu --graph eager
 # The device files belong to root on most hosts; `docker run --user` works where the host grants them to others.
 ENTRYPOINT ["paca"]
 CMD ["env"]
