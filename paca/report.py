@@ -29,7 +29,7 @@ _TOOLS = {
 
 def report() -> str:
     """Return the report, a header and `- Key: value` lines."""
-    lines = [*_machine(), *_packages(), *_backends(), *_gaudi(), *_variables(), *_tools()]
+    lines = [*_machine(), *_packages(), *_gaudi(), *_variables(), *_backends(), *_tools()]  # backends may set variables
     return "\n".join([HEADER, "", *(f"- {key}: {value}" for key, value in lines)])
 
 
@@ -99,7 +99,10 @@ def _gaudi() -> Iterator[tuple[str, str]]:
     else:
         yield "habana_frameworks", "installed, version unknown"
     if "PT_HPU_LAZY_MODE" not in os.environ:
-        yield "PT_HPU_LAZY_MODE", "not set, so the installed version's own default holds"
+        yield (
+            "PT_HPU_LAZY_MODE",
+            "not set: the hpu backend takes 0 (eager and torch.compile), optimum-habana alone would take 1 (lazy)",
+        )
 
 
 def _variables() -> Iterator[tuple[str, str]]:

@@ -140,13 +140,19 @@ def test_only_r_channels_are_kept_for_backward(quantised, name, form):
 @pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
 def test_no_dequantised_weight_outlives_its_product(quantised, name):
     model = adapted(quantised(name))
+    before = live_tensors()
     y = model(input_ids=IDS).logits
     gc.collect()
     sizes = {(layer.out_features, layer.in_features) for layer in layers(model)}
-    own = {id(p) for p in model.parameters()}
-    objects = (o for o in gc.get_objects() if type(o) is torch.Tensor and id(o) not in own)
-    assert [o.shape for o in objects if o.dtype == torch.float32 and tuple(o.shape) in sizes] == []
+    left = {number: shape for number, shape in live_tensors().items() if number not in before and shape in sizes}
+    assert left == {}
     assert y.requires_grad
+
+
+def live_tensors():
+    """The shapes of all floating-point tensors that Python knows, by id."""
+    tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
+    return {id(tensor): tuple(tensor.shape) for tensor in tensors if tensor.dtype == torch.float32}
 
 
 @pytest.mark.parametrize("name", FORMATS)
