@@ -167,7 +167,8 @@ def test_a_plan_is_run_goes_on_where_it_stopped_and_is_summed_up(
 ) -> None:
     folder = tmp_path / "gpu"
     run = runs_of_tiny_size("checkpointing-1x512")[0]
-    short = plan.Run("short", tuple(a.replace("--tokens=512", "--tokens=8") for a in run.arguments))
+    short_arguments = tuple(a.replace("--tokens=512", "--tokens=8") for a in run.arguments)
+    short = plan.Run("short", (*short_arguments, "--measure=time,bytes"))  # peaks take a process each
     wrong = plan.Run("wrong", ("--shape=tiny", "--methods=nonsense"))
     assert plan.run([wrong, short], folder) == 1
     assert [file.name for file in sorted(folder.glob("*.json"))] == ["short.json"]
