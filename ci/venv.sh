@@ -44,6 +44,10 @@ else
         "$venv_python" -m pip install -q ${torch_index:+--extra-index-url "$torch_index"} "$torch"
 fi
 
+if [ -n "$torch_index" ] && "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+    echo "warning: $torch_index did not give its CPU build, so $venv has torch for CUDA, with gigabytes of libraries: see TORCH_INDEX in the Makefile" >&2
+fi
+
 "$venv_python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$venv/torch.txt.new"
 mv "$venv/torch.txt.new" "$venv/torch.txt"
 echo "$venv has $(cat "$venv/torch.txt")"

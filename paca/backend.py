@@ -215,5 +215,5 @@ def _choose(kind: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> s
     if name in known:
         return name
     near = get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no {kind} named {name!r}{hint} Known: {', '.join(known)}.")

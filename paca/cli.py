@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -279,14 +280,14 @@ def _dry_run(recipe: Recipe) -> None:
     from paca.pretrained import load_config, load_tokenizer
     from paca.recipe import RecipeError
     from paca.registry import get_backend
-    from paca.training import class_names, open_rows, sequence_length, starting_point
+    from paca.training import check_adapter_fits, class_names, open_rows, sequence_length
 
-    starting_point(recipe, say=print)
     rows, _ = open_rows(recipe)
     if rows is None:
         raise RecipeError("there is nothing to train on: give train_file or dataset_name")
     config = load_config(recipe.run)
     length = sequence_length(recipe, config, load_tokenizer(recipe.run))
+    check_adapter_fits(recipe, config)
     try:
         lines = estimate(recipe, config, length, len(class_names(recipe, rows))).lines()
     except (ValueError, TypeError) as error:
@@ -305,6 +306,8 @@ def _evaluate(options: argparse.Namespace, words: list[str]) -> None:
     target = _first_word(words)
     if target is None:
         raise RecipeError("say what to evaluate: a folder with an adapter, or a recipe")
+    if not target.exists():
+        raise RecipeError(f"there is no adapter folder or recipe {target} (looked for {target.absolute()})")
     if target.is_dir():
         adapter, recipe = target, of_adapter(target, read_words(words))
     else:
@@ -337,10 +340,13 @@ def _generate(options: argparse.Namespace, words: list[str]) -> None:
 
 def _merge(options: argparse.Namespace, words: list[str]) -> None:
     from paca.merging import merge
+    from paca.recipe import RecipeError
 
     target = options.out
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty folder; choose a new one")
+    if options.max_shard_size and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", options.max_shard_size):
+        raise RecipeError(f"--max-shard-size must be a size such as 500MB or 2GB; found {options.max_shard_size!r}")
     model, tokenizer = _adapted(words)
     merge(model, tokenizer, target, options.max_shard_size, options.requantize)
     print(f"merged into {target}; transformers loads it without paca")
@@ -475,7 +481,7 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from paca.errors import AdapterError, BackendUnavailableError, BaseMismatchError
 
     known: list[type[Exception]] = [CheckpointError, BackendUnavailableError, BaseMismatchError, ModuleNotFoundError]
-    known += [FileExistsError, FileNotFoundError, AdapterError]
+    known += [OSError, AdapterError]  # a disk that is full, a folder that cannot be written
     try:
         from paca.recipe import RecipeError
         from paca.rows import DataError

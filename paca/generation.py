@@ -32,9 +32,11 @@ def generate(
         The continuations, without the prompts.
 
     Raises:
-        ValueError: if `chat` is asked of a tokenizer without a chat template, or a prompt has no tokens.
+        ValueError: if `chat` is asked of a tokenizer without a chat template, or a prompt has no tokens, or too many.
     """
     import torch
+
+    from paca.pretrained import max_positions
 
     if chat and not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template, so it cannot chat")
@@ -52,6 +54,12 @@ def generate(
                 ids = _without_end(tokenizer, tokenizer(prompt, return_tensors="pt")["input_ids"])
             if ids.shape[1] == 0:
                 raise ValueError(f"the prompt {prompt!r} has no tokens")
+            longest = max_positions(model.config, tokenizer)
+            if longest and ids.shape[1] + max_new_tokens > longest:
+                raise ValueError(
+                    f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones are more than the {longest} "
+                    f"that this model was made for; max_new_tokens may be {max(0, longest - ids.shape[1])} here"
+                )
             with torch.no_grad(), _own_random_state(device, seed):
                 output = model.generate(
                     input_ids=ids.to(device),

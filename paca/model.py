@@ -80,7 +80,7 @@ class PacaModel(BaseTuner):
             config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
         self._tied = Counter(_memory(p) for _, p in model.named_parameters(remove_duplicate=False))
         if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
-            self._check_fits(model, config)
+            self.check_fits(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
             source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
@@ -142,9 +142,19 @@ class PacaModel(BaseTuner):
                 raise TypeError(f"{name}: {error} Name other target_modules or exclude it.") from None
         return found
 
-    def _check_fits(self, model: nn.Module, config: PacaConfig) -> None:
-        """Find what would fail half-way through the injection."""
-        widths = {name: in_out_features(module)[0] for name, module in self.targets(model, config).items()}
+    @classmethod
+    def check_fits(cls, model: nn.Module, config: PacaConfig, calibrates: bool = False) -> None:
+        """Find what would fail half-way through the injection.
+
+        Args:
+            model: the base model, with or without values.
+            config: the adapter's.
+            calibrates: whether a calibration pass will choose the columns that the config leaves open.
+
+        Raises:
+            ValueError, TypeError: naming the layer, what was found and what is possible.
+        """
+        widths = {name: in_out_features(module)[0] for name, module in cls.targets(model, config).items()}
         if too_wide := {name: width for name, width in widths.items() if rank_of(config, name) > width}:
             name, width = min(too_wide.items(), key=lambda item: item[1])
             raise ValueError(
@@ -152,7 +162,7 @@ class PacaModel(BaseTuner):
                 f"{len(widths)} targeted layers have fewer than r); choose r ≤ {width}, set rank_pattern for these "
                 "layers, or exclude them"
             )
-        if config.selection in MEASURED and widths and config.columns is None:
+        if config.selection in MEASURED and widths and config.columns is None and not calibrates:
             raise ValueError(
                 f"selection={config.selection!r} needs a calibration pass: config = paca.calibrate(model, config, "
                 "batches), then get_peft_model"

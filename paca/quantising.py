@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -88,6 +89,8 @@ def _int8(dtype: Any, device: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     _check_bitsandbytes("int8", device)
+    # It tells of each product that its input is cast, some thousand times a minute.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return BitsAndBytesConfig(load_in_8bit=True)
 
 

@@ -277,6 +277,7 @@ def check(given: Mapping[str, Given], arguments: type) -> Recipe:
         values["run"]["gaudi"], wrong = _of_section(values["run"]["gaudi"], keys, given["gaudi"].where)
         faults += wrong
     faults += _missing(values, given)
+    faults += _out_of_range(values, given)
     if faults:
         raise RecipeError(
             "the recipe has " + ("an error" if len(faults) == 1 else f"{len(faults)} errors") + _listed(faults)
@@ -445,6 +446,34 @@ def _nearest(name: str, keys: Iterable[str]) -> str:
         return f"; here it is called {meant!r}"
     near = get_close_matches(name, keys, n=1)
     return f"; the nearest is {near[0]!r}" if near else "; docs/training.md lists the keys"
+
+
+# The least that a number may be, where TrainingArguments takes any and the Trainer finds out when the data is read.
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+}
+
+
+def _out_of_range(values: Mapping[str, Mapping[str, Any]], given: Mapping[str, Given]) -> list[str]:
+    from paca.config import PacaConfig
+
+    training, faults = values["training"], []
+    for name, least in _AT_LEAST.items():
+        if isinstance(number := training.get(name), int | float) and number < least:
+            faults.append(f"{given[name].where}: {name} must be at least {least}; found {number}")
+    if training.get("max_steps") == 0:
+        faults.append(f"{given['max_steps'].where}: max_steps 0 trains nothing; leave it out to train num_train_epochs")
+    if training.get("bf16") and training.get("fp16"):
+        faults.append("bf16 and fp16 are both on: keep one")
+    try:
+        PacaConfig(**values["adapter"])
+    except (ValueError, TypeError) as error:
+        faults.append(str(error))
+    return faults
 
 
 def _missing(values: Mapping[str, Mapping[str, Any]], given: Mapping[str, Given]) -> list[str]:

@@ -125,7 +125,8 @@ def _existing(path: str) -> Path:
 
     file = local_path(path)
     if not file.is_file():
-        raise DataError(f"data file {path} does not exist" if not file.exists() else f"data file {path} is a folder")
+        what = "is a folder" if file.exists() else f"does not exist (looked for {file.absolute()})"
+        raise DataError(f"data file {path} {what}")
     if file.suffix not in _READERS and file.suffix != ".txt":
         raise DataError(
             f"data file {path}: {file.suffix or 'no ending'} is not one of {', '.join([*_READERS, '.txt'])}"

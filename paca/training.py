@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     run = recipe.run
     config, tokenizer = load_config(run), load_tokenizer(run)
     length = sequence_length(recipe, config, tokenizer)
+    check_adapter_fits(recipe, config)
     data = load_data(recipe, tokenizer, length)
     assert data.train is not None
     _check_ids(data, config, tokenizer)
@@ -185,6 +187,9 @@ def starting_point(recipe: Recipe, say: Say) -> Checkpoint | None:
     out, resume = recipe.output_dir, recipe.run.resume_from_checkpoint
     if out.exists() and not out.is_dir():
         raise RecipeError(f"output_dir {out} is a file")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"output_dir {out} cannot be written: {parent} is read-only, or belongs to somebody else")
     named = isinstance(resume, str) and resume.lower() not in ("auto", "true", "false")
     if named:
         start: Checkpoint | None = checkpoints.require_complete(Path(str(resume)).expanduser())
@@ -199,7 +204,7 @@ def starting_point(recipe: Recipe, say: Say) -> Checkpoint | None:
     resumes_here = bool(resume) and (not named or (start is not None and start.path.parent.resolve() == out.resolve()))
     if resumes_here and (out / RECIPE).is_file():
         _check_same_run(recipe, say)
-    elif not resumes_here and not recipe.run.overwrite_output_dir and out.is_dir() and any(out.iterdir()):
+    elif not resumes_here and not recipe.run.overwrite_output_dir and _holds_a_run(out):
         raise RecipeError(
             f"output_dir {out} is not empty: choose another, go on with --resume_from_checkpoint auto, or replace what "
             "an earlier run left there with --overwrite_output_dir true"
@@ -207,6 +212,44 @@ def starting_point(recipe: Recipe, say: Say) -> Checkpoint | None:
     if start:
         say(f"resuming from {start.path}")
     return start
+
+
+def _holds_a_run(out: Path) -> bool:
+    """Whether a folder holds more than the recipe of a run that never got to a result."""
+    return out.is_dir() and any(path.name != RECIPE for path in out.iterdir())
+
+
+def check_adapter_fits(recipe: Recipe, config: Any) -> None:
+    """Find targets and ranks that the model does not have on a model without values, before data and weights are read.
+
+    Raises:
+        RecipeError: naming the layer, or the layers there are.
+    """
+    import torch
+    from torch import nn
+
+    from paca.estimate.step import Model
+    from paca.model import PacaModel
+
+    settings = adapter_config(recipe)
+    try:
+        with torch.device("meta"):
+            model = Model(config, recipe.run.task, torch.float32, settings, recipe.run.trust_remote_code).empty()
+    except Exception:  # custom code may look at values while it builds; such a model is checked when it is adapted
+        logger.debug("the model cannot be built without values", exc_info=True)
+        return
+    try:
+        if not PacaModel.targets(model, settings):
+            linears = {
+                name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"target_modules {recipe.adapter.get('target_modules')} matches no layer; the model's linear ones are "
+                f"called {', '.join(sorted(linears))}"
+            )
+        PacaModel.check_fits(model, settings, calibrates=True)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(str(error)) from error
 
 
 def sequence_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
@@ -593,14 +636,15 @@ def _report(recipe: Recipe, metrics: dict[str, Any], samples: list[dict[str, str
                 say(f"{when:<9}{' '.join(sample[when].split()) or '(nothing)'}")
         say("")
     out = recipe.output_dir
-    say(f"saved to {out}: adapter, {RECIPE}, {RESULTS}, {STATE}, {PLOT}, {CARD}")
+    say(f"saved to {out}: adapter, {RECIPE}, {RESULTS}, {STATE}, {SAMPLES}, {PLOT}, {CARD}")
     say("next:")
+    folder, merged, lora = (shlex.quote(f"{out}{ending}") for ending in ("", "-merged", "-lora"))
     if recipe.run.task == "causal_lm":
         prompt = json.dumps(samples[0]["prompt"] if samples else "…", ensure_ascii=False)
-        say(f"  paca generate {out}{' --chat' if chat else ''} --prompt {prompt}")
-    say(f"  paca evaluate {out}")
-    say(f"  paca merge {out} --out {out}-merged")
-    say(f"  paca export {out} --to lora --out {out}-lora")
+        say(f"  paca generate {folder}{' --chat' if chat else ''} --prompt {prompt}")
+    say(f"  paca evaluate {folder}")
+    say(f"  paca merge {folder} --out {merged}")
+    say(f"  paca export {folder} --to lora --out {lora}")
 
 
 def _is_main() -> bool:

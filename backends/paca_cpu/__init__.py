@@ -33,6 +33,7 @@ class CPUBackend(Backend):
         return Capabilities(
             dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
             graph_modes=(GraphMode.EAGER, GraphMode.COMPILE),
+            quantised=frozenset({"nf4", "fp4", "int8", "fp8"}),
         )
 
     def device(self, index: int | None = None) -> torch.device:

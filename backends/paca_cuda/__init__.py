@@ -98,6 +98,7 @@ class CUDABackend(Backend):
         return Capabilities(
             dtypes=frozenset({torch.float64, torch.float32}) | _LOW_PRECISION[low],
             graph_modes=(GraphMode.EAGER, GraphMode.COMPILE, GraphMode.CUDA_GRAPH),
+            quantised=frozenset({"nf4", "fp4", "int8", "fp8"}),
             steps_per_check=STEPS_PER_CHECK,
         )
 

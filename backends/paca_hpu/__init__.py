@@ -83,6 +83,7 @@ class HPUBackend(Backend):
         return Capabilities(
             dtypes=frozenset({torch.float32, torch.bfloat16}),
             graph_modes=_LAZY_MODES if bridge.is_lazy() else _EAGER_MODES,
+            quantised=frozenset({"nf4"}),  # bitsandbytes has no other kernels there
             steps_per_check=0,  # each check would stop the queue and cut the graph
         )
 

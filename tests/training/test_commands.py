@@ -277,7 +277,12 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ({"--eval_file": "none.jsonl"}, "data file none.jsonl does not exist"),
         ({"--model_name_or_path": "./none"}, "model_name_or_path ./none: there is no such folder"),
         ({"--model_name_or_path": "no/such"}, "the hub is switched off by HF_HUB_OFFLINE=1"),
-        ({"--target_modules": "nothing_like_it"}, "nothing_like_it"),
+        ({"--target_modules": "nothing_like_it"}, "the model's linear ones are called down_proj, gate_proj"),
+        ({"--r": "0"}, "`r` must be a whole number greater than 0, found 0"),
+        ({"--per_device_train_batch_size": "0"}, "per_device_train_batch_size must be at least 1; found 0"),
+        ({"--learning_rate": "-1"}, "learning_rate must be at least 0; found -1"),
+        ({"--max_steps": "0"}, "max_steps 0 trains nothing"),
+        ({"--bf16": "true", "--fp16": "true"}, "bf16 and fp16 are both on"),
         ({"--dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16"),
         ({"--backend": "cuda9"}, "there is no backend 'cuda9'"),
         ({"--selection": "best"}, "best"),
@@ -297,6 +302,54 @@ def test_what_cannot_work_is_said_before_work_starts(
             words += [key, value]
     assert expected in refused(capsys, "train", *words)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("changes", [{"--r": "33"}, {"--target_modules": "nothing_like_it"}, {"--learning_rate": "-1"}])
+def test_the_adapter_is_checked_before_data_and_weights_are_read(
+    llama: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+) -> None:
+    def read(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr("paca.training.load_data", read)
+    monkeypatch.setattr("paca.training.base_model", read)
+    words = words_for(llama, texts, None, tmp_path / "run")
+    for key, value in changes.items():
+        words += [key, value] if key not in words else []
+        words[words.index(key) + 1] = value
+    assert refused(capsys, "train", *words)
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_first(
+    llama: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on a read-only disk
+    told = refused(capsys, "train", *words_for(llama, texts, None, tmp_path / "a" / "run"))
+    assert f"cannot be written: {tmp_path} is read-only" in told
+
+
+def test_a_folder_with_nothing_but_the_recipe_of_a_failed_start_counts_as_empty(
+    llama: Path, texts: Path, held_out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("r: 8\n")
+    words = words_for(llama, texts, held_out, tmp_path / "run")
+    words[words.index("--max_steps") + 1] = "1"
+    assert main(["train", *words]) == 0
+
+
+def test_a_dry_run_looks_at_a_recipe_whose_run_is_there(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *trained.words, "--dry-run"]) == 0
+
+
+def test_what_is_beyond_the_model_is_not_generated(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, "generate", str(trained.folder), "--prompt", "7 then ", "--max-new-tokens", "5000")
+    assert "more than the 256 that this model was made for" in told
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten_unasked(
