@@ -145,7 +145,11 @@ def _progress(line: str) -> None:
 
 
 def _write(file: Path, content: str) -> None:
+    file = file.resolve()  # what a link means is written, not the link
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_text(content, encoding="utf-8")
+        return
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, file)

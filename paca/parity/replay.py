@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paca import freshness
 from paca.backend import Backend, GraphMode, Ops
+from paca.errors import BackendUnavailableError
 from paca.layer import PacaLayer
 from paca.parity.cases import Case
 from paca.strategies import ColumnWrite
@@ -89,7 +90,7 @@ def run_layer(case: Case, backend: Backend, residency: str) -> dict[str, Tensor]
             delta.copy_(inputs["delta"])
         layer.sync()
         if backend.graph_mode is not GraphMode.EAGER:
-            torch.compiler.reset()  # or after some layers torch.compile gives up and runs eagerly
+            forget_graphs()
         run = backend.capture(layer)
         found = {"adapted": _held_weight(layer, case, "delta")}
         x = _x(case, device).requires_grad_(True)
@@ -98,6 +99,8 @@ def run_layer(case: Case, backend: Backend, residency: str) -> dict[str, Tensor]
         assert x.grad is not None
         assert delta.grad is not None
         found |= {"y": y.detach(), "grad_input": x.grad, "grad_delta": delta.grad.clone()}
+        if backend.graph_mode is GraphMode.COMPILE:
+            check_compiled()
         # The step that takes delta to delta_after, so that writing columns is tested apart from the gradient.
         delta.grad = ((inputs["delta"] - inputs["delta_after"]) / LEARNING_RATE).to(device)
         torch.optim.SGD([delta], lr=LEARNING_RATE).step()
@@ -109,6 +112,29 @@ def run_layer(case: Case, backend: Backend, residency: str) -> dict[str, Tensor]
         return _collected(case, found, backend)
     finally:
         freshness.forget(layer)
+
+
+def forget_graphs() -> None:
+    """Let torch.compile start anew: after some layers it gives up and runs eagerly."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+
+
+def check_compiled() -> None:
+    """See that torch.compile took what ran since `forget_graphs` as whole graphs; it may run eagerly in silence.
+
+    Raises:
+        BackendUnavailableError: if it is switched off.
+        RuntimeError: if a graph broke.
+    """
+    from torch._dynamo.utils import counters
+
+    if breaks := counters["graph_break"]:
+        raise RuntimeError(f"torch.compile broke the graph: {next(iter(breaks))}")
+    if not counters["stats"]["unique_graphs"]:
+        raise BackendUnavailableError("torch.compile compiles nothing here (TORCHDYNAMO_DISABLE?)")
 
 
 def _held_weight(layer: PacaLayer, case: Case, delta: str) -> Tensor:

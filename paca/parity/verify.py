@@ -169,4 +169,8 @@ def _finding(
         verdict = Verdict(Status.SKIPPED, detail=str(error))
     except Exception as error:
         verdict = Verdict(Status.FAILED, detail=f"raised {type(error).__name__}: {error}")
+        if "InvalidCxxCompiler" in verdict.detail:  # torch wraps it in another error
+            verdict = Verdict(
+                Status.SKIPPED, detail="torch.compile needs a C++ compiler: install g++, or --graph eager"
+            )
     return Finding(backend, operation, strategy, graph, dtype, tier, verdict.status, verdict.fraction, verdict.detail)

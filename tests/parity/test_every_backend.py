@@ -14,9 +14,11 @@ import torch
 from parity_summary import LEFT_OUT, note
 
 from paca import registry
+from paca.backend import Backend
 from paca.errors import BackendUnavailableError
 from paca.parity import coverage
 from paca.parity.cases import BITWISE
+from paca.parity.coverage import Configuration
 from paca.parity.findings import Status
 from paca.parity.record import REFERENCE, Record, read
 from paca.parity.verify import BLOCK, MODEL, Selection, audit, configuration_findings, operation_findings
@@ -127,3 +129,30 @@ def test_a_backend_that_is_named_and_cannot_be_used_is_an_error(monkeypatch):
     assert coverage.chosen_backends([])["asleep"] == "it sleeps"
     with pytest.raises(BackendUnavailableError, match="it sleeps"):
         coverage.chosen_backends(["asleep"])
+
+
+@pytest.fixture
+def compiled() -> Configuration:
+    return next(c for c in coverage.configurations("cpu") if c.graph == "compile" and not c.changed)
+
+
+def test_a_compiler_that_compiles_nothing_is_said(
+    record: Record, monkeypatch: pytest.MonkeyPatch, compiled: Configuration
+) -> None:
+    monkeypatch.setattr(Backend, "capture", lambda self, module: module)
+    found = list(configuration_findings(record, compiled, Selection(tiers=["bitwise"])))
+    assert found
+    assert {finding.status for finding in found if finding.operation.startswith("layer")} == {Status.SKIPPED}
+    assert "compiles nothing" in found[0].detail
+
+
+def test_a_missing_compiler_is_no_failure_of_the_device(
+    record: Record, monkeypatch: pytest.MonkeyPatch, compiled: Configuration
+) -> None:
+    def refuse(self: Backend, module: object) -> object:
+        raise RuntimeError("InductorError: InvalidCxxCompiler: no g++")
+
+    monkeypatch.setattr(Backend, "capture", refuse)
+    found = list(configuration_findings(record, compiled, Selection(tiers=["bitwise"])))
+    assert {finding.status for finding in found} == {Status.SKIPPED}
+    assert "install g++, or --graph eager" in found[0].detail
