@@ -50,7 +50,7 @@ class Ops:
     grad_input_sum: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
     # Called before and after the columns of a step are written, so that they are a graph of their own.
     end_graph: Callable[[], None] = strategies.run_at_once
-    quantised_form: Callable[[bool], Form] = strategies.form_exact  # whether the library dequantises -> form
+    quantised_form: Callable[[bool, bool], Form] = strategies.form_exact  # library dequantises, trains -> form
 
 
 # What a user may name for each kind, and the fields of `Ops` that it sets.

@@ -290,11 +290,11 @@ class PacaModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
             return
-        for module in self.model.modules():
-            if isinstance(module, PacaLayer) and adapter_name in module.paca_delta:
-                delta = module.paca_delta[adapter_name]
-                module.paca_delta[adapter_name] = nn.Parameter(delta.to(module.adapted.dtype), delta.requires_grad)
-                module.sync()
+        for layer in self._adapted_layers():
+            if adapter_name in layer.paca_delta:
+                delta = layer.paca_delta[adapter_name]
+                layer.paca_delta[adapter_name] = nn.Parameter(delta.to(layer.adapted.dtype), delta.requires_grad)
+                layer.sync()
 
     def _adapted_layers(self) -> list[PacaLayer]:
         return [module for module in self.model.modules() if isinstance(module, PacaLayer)]

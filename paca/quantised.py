@@ -41,16 +41,11 @@ def library_of(layer: nn.Module) -> QuantizationBackend | None:
         return None
     if type(layer).forward is nn.Linear.forward and type(layer.weight) in (nn.Parameter, Tensor):
         return None  # PEFT would import each quantisation library to find that out
-    return resolve_quantization_backend(layer, get_apply_tensor_subclass=_torchao_config_of(layer))
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=_no_torchao_config)
 
 
-def _torchao_config_of(layer: nn.Module) -> Callable[[], Any]:
-    """Say how torchao quantised a layer; only re-quantising asks for it."""
-
-    def config() -> Any:
-        raise NotImplementedError("torchao does not record how a weight was quantised, so it cannot be done again")
-
-    return config
+def _no_torchao_config() -> Any:
+    raise NotImplementedError("torchao does not record how a weight was quantised, so it cannot be done again")
 
 
 class QuantisedWeight(AdaptedWeight):
@@ -112,17 +107,8 @@ class QuantisedWeight(AdaptedWeight):
 
     @property
     def is_bnb_4bit(self) -> bool:
-        """Whether it is one of bitsandbytes' 4-bit layers."""
+        """Whether it is one of bitsandbytes' 4-bit layers, whose training forward dequantises and multiplies."""
         return self.library.backend_name == "bnb 4bit"
-
-    def dequantises_to_multiply(self, trains: bool) -> bool:
-        """Whether the library's own product is now dequantise and GEMM, so that `overlay` has the same bits.
-
-        On CUDA that holds in training from some number of tokens on; below it bitsandbytes' fused kernels differ from
-        it by rounding.
-        """
-        fused = getattr(self.layer, "support_avx512bf16_for_cpu", False) or self.parameter.device.type != "cpu"
-        return self.is_bnb_4bit and (trains or not fused)
 
     def compute_dtype(self, x: Tensor, low: torch.dtype) -> torch.dtype:
         """The dtype in which the library multiplies: bitsandbytes' 4-bit layers do not follow autocast."""
@@ -273,7 +259,7 @@ class QuantisedWeight(AdaptedWeight):
         trains = torch.is_grad_enabled() and (
             delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        form = self.ops.quantised_form(self.dequantises_to_multiply(trains)) if self.can_dequantise else Form.SPLIT
+        form = self.ops.quantised_form(self.is_bnb_4bit, trains) if self.can_dequantise else Form.SPLIT
         xs = gather(x, cast_x) if (trains and delta.requires_grad) or form is Form.SPLIT else None
         y: Tensor
         if not self.can_dequantise:

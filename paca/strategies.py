@@ -142,21 +142,22 @@ class Form(str, Enum):
     SPLIT = "split"  # the library's own kernel, and the trained columns' part by itself
 
 
-def form_exact(dequantises: bool) -> Form:
+def form_exact(dequantises: bool, trains: bool) -> Form:
     """Choose the cheaper form whose untrained output has the library's own bits.
 
     Args:
-        dequantises: whether the library would now dequantise the weight and multiply; else it has a kernel of its own.
+        dequantises: whether the library's training forward dequantises the weight and multiplies.
+        trains: whether a gradient is wanted; without one, libraries have kernels that do not dequantise.
     """
-    return Form.OVERLAY if dequantises else Form.SPLIT
+    return Form.OVERLAY if dequantises and trains else Form.SPLIT
 
 
-def form_overlay(dequantises: bool) -> Form:
+def form_overlay(dequantises: bool, trains: bool) -> Form:
     """Choose one GEMM always: the weight's precision, where the library would round activations too."""
     return Form.OVERLAY
 
 
-def form_split(dequantises: bool) -> Form:
+def form_split(dequantises: bool, trains: bool) -> Form:
     """Choose the library's own kernel always."""
     return Form.SPLIT
 

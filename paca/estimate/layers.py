@@ -67,7 +67,7 @@ class FrozenLinear(nn.Linear):
     @property
     def form(self) -> Form:
         """How trained columns are applied, by default."""
-        return self.ops.quantised_form(self.weight_format == "nf4")
+        return self.ops.quantised_form(self.weight_format == "nf4", True)
 
     def gemm_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the GEMM; bitsandbytes' 4-bit layers do not follow autocast."""
