@@ -375,6 +375,27 @@ BREAKS = [
         "return number, (), (), 0, value.dtype",
         "tests/device/hpu/test_hpu_graphs.py::test_a_ragged_last_batch_is_a_recompilation_with_the_line_and_the_shapes",
     ),
+    Break(
+        "float8: evaluation multiplies in float8, too",
+        "paca/columns.py",
+        'if training and self.residency == "resident" and',
+        'if self.residency == "resident" and',
+        "tests/device/cuda/test_float8.py",
+    ),
+    Break(
+        "float8: a trained column's part of dX is not exact",
+        "backends/paca_cuda/float8.py",
+        "        gx.index_copy_(1, self.index, rows @ self._columns(weight, gy.dtype))\n",
+        "        gx.index_add_(1, self.index, rows @ self._columns(weight, gy.dtype) * 1.01)\n",
+        "tests/device/cuda/test_float8.py",
+    ),
+    Break(
+        "float8: a recomputed forward is another one",
+        "paca/layer.py",
+        "                if ops is not adapted.ops:  # a forward that is recomputed",
+        "                if False:  # a forward that is recomputed",
+        "tests/device/cuda/test_float8.py",
+    ),
 ]
 
 

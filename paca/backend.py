@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ class GraphMode(str, Enum):
     CUDA_GRAPH = "cuda_graph"  # forward and backward recorded once for each input shape and replayed
     LAZY = "lazy"  # collected into graphs that are run at marks
     HPU_GRAPHS = "hpu_graphs"  # recorded once for each input shape and replayed; Gaudi's, in lazy mode
+
+
+class FrozenProducts(Protocol):
+    """A layer's two products while some columns of its weight train, made with a copy of all the others.
+
+    `weight` is the layer's own, (out, in), and holds the trained columns.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return Y, (…, out)."""
+
+    def grad_input(self, gy: Tensor, weight: Tensor) -> Tensor:
+        """Return dX, (…, in)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,9 @@ class Ops:
     # Called before and after the columns of a step are written, so that they are a graph of their own.
     end_graph: Callable[[], None] = strategies.run_at_once
     quantised_form: Callable[[bool, bool], Form] = strategies.form_exact  # library dequantises, trains -> form
+    # weight, index -> what makes the products of a training step instead of `forward` and `grad_input`, from a copy of
+    # the columns that do not train; its answer for a weight may be None, and then, as without it, those two do.
+    copy_frozen: Callable[[Tensor, Tensor], FrozenProducts | None] | None = None
 
 
 # What a user may name for each kind, and the fields of `Ops` that it sets.
@@ -62,7 +78,13 @@ PLAIN_TORCH: Choices = MappingProxyType(
             "index_select": {"gather": strategies.gather_index_select},
             "one_hot": {"gather": strategies.gather_one_hot},
         },
-        "gemm": {"torch": {"forward": strategies.forward_linear, "grad_input": strategies.grad_input_matmul}},
+        "gemm": {
+            "torch": {
+                "forward": strategies.forward_linear,
+                "grad_input": strategies.grad_input_matmul,
+                "copy_frozen": None,
+            }
+        },
         "grad_columns": {
             "thin_first": {"grad_columns": strategies.grad_columns_thin_first},
             "matmul": {"grad_columns": strategies.grad_columns_matmul},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 from weakref import WeakValueDictionary
@@ -113,6 +113,7 @@ class Columns(ColumnSet):
 
     Attributes:
         base: (out, u) in the weight's dtype.
+        ops: the operations of a training step where a copy of the frozen part makes the products.
 
     Args:
         adapters: at least one.
@@ -123,6 +124,7 @@ class Columns(ColumnSet):
         super().__init__(adapters)
         with torch.inference_mode(False):
             self.base = pretrained(self.index)
+        self.ops: Ops | None = None
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a move or cast of the model."""
@@ -239,6 +241,25 @@ class AdaptedWeight:
             return self.matrix.detach().index_select(1, index)
 
         self.columns = Columns(adapters, pretrained)
+        self._copy_frozen()
+
+    def _copy_frozen(self) -> None:
+        """Let the backend copy the columns that do not train, if it multiplies with such a copy."""
+        columns, ops = self.columns, self.ops
+        if columns is None or ops.copy_frozen is None or self.residency != "resident":
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            products = ops.copy_frozen(self.matrix.detach(), columns.index)
+        if products is not None:
+            columns.ops = replace(ops, forward=products.forward, grad_input=products.grad_input)
+        else:
+            columns.ops = None
+
+    def step_ops(self, training: bool) -> Ops:
+        """The operations of a forward and its backward; in evaluation always those that read the weight itself."""
+        if training and self.residency == "resident" and self.columns is not None and self.columns.ops is not None:
+            return self.columns.ops
+        return self.ops
 
     def column_write(self, adapters: Sequence[Adapter]) -> ColumnWrite:
         """What is to be written to the weight; after `plan`."""
@@ -400,6 +421,7 @@ class AdaptedWeight:
         self._seen = None
         if self.columns is not None:
             self.columns.apply(fn)
+            self._copy_frozen()
 
 
 # Which weights hold adapted columns, by address.

@@ -183,6 +183,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: weight or adapter is on the meta device; load their values before running the model"
             )
         resident = adapted.residency == "resident"
+        ops = adapted.step_ops(self.training)
         delta, scale = columns.combined(adapters)
         bias = self.get_base_layer().bias
         trains = any(adapter.delta.requires_grad for adapter in adapters)
@@ -190,7 +191,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             base = None if resident else columns.base
             with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops) as weight:
                 if base is not None and torch.compiler.is_compiling():  # the columns are in a copy of the weight
-                    return adapted.ops.forward(x, weight, bias)
+                    return ops.forward(x, weight, bias)
+                if ops is not adapted.ops:  # a forward that is recomputed for its backward must be the same then
+                    return ops.forward(x.to(_compute_dtype(x)), weight, bias)
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
         if adapted.parameter.requires_grad:
@@ -213,7 +216,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             scale,
             None if resident else columns.base,
             adapted.held if resident and not torch.compiler.is_compiling() else None,
-            adapted.ops,
+            ops,
         )
         return y
 
@@ -233,7 +236,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             adapter.scale,
             None,
             None if torch.compiler.is_compiling() else self.adapted.held,
-            self.adapted.ops,
+            self.adapted.step_ops(self.training),
         )
 
     def trains_resident(self, device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from paca.backend import PLAIN_TORCH, SHARED_INPUT, Backend, Capabilities, Choices, GraphMode, Memory, Ops
 from paca.errors import BackendUnavailableError
 from paca.strategies import grad_input_addmm, write_index_copy
+from paca_cuda.float8 import float8_products, why_no_float8
 from paca_cuda.graphs import GraphedModel
 from paca_cuda.ops import why_no_triton
 from paca_cuda.strategies import (
@@ -45,7 +46,9 @@ class CUDABackend(Backend):
     """NVIDIA GPUs; layers keep the strategies, tensors say which device they are on.
 
     Raises:
-        BackendUnavailableError: if a strategy is asked for that needs Triton, and there is none.
+        BackendUnavailableError: if a strategy is asked for that needs Triton, and there is none, or a device that
+            multiplies float8.
+        ValueError: if strategies are asked for that exclude each other, or that there are not.
     """
 
     name: ClassVar[str] = "cuda"
@@ -55,6 +58,7 @@ class CUDABackend(Backend):
             **PLAIN_TORCH,
             **SHARED_INPUT,
             "gather": {**PLAIN_TORCH["gather"], "triton": {"gather": gather_triton}},
+            "gemm": {**PLAIN_TORCH["gemm"], "fp8": {"copy_frozen": float8_products, "grad_input_sum": None}},
             "grad_columns": {
                 "tuned": {"grad_columns": grad_columns_tuned},
                 "triton": {"grad_columns": grad_columns_triton},
@@ -70,6 +74,14 @@ class CUDABackend(Backend):
 
     def __init__(self, **strategies: str) -> None:
         super().__init__(**strategies)
+        if strategies.get("gemm") == "fp8":
+            if strategies.get("shared_input") == "together":
+                raise ValueError(
+                    "gemm='fp8' makes the products of each layer alone, so it cannot go with shared_input='together'; "
+                    "leave one of them out"
+                )
+            if (why := why_no_float8()) is not None:
+                raise BackendUnavailableError(f"gemm='fp8' cannot be used: {why}; leave it out")
         if (why := why_no_triton()) is None:
             return
         if wanted := [f"{kind}={name!r}" for kind, name in strategies.items() if (kind, name) in _NEED_TRITON]:

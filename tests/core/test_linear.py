@@ -240,9 +240,13 @@ def test_one_gemm_forward_one_for_the_input_and_one_skinny():
     layer = make_layer(64, 32, 5, bias=False)
     x = torch.randn(10, 64, requires_grad=True)
     layer(x)  # plans
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as forward:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
+    ) as forward:
         y = layer(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as backward:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, acc_events=True
+    ) as backward:
         y.sum().backward()
 
     def products(profile):
@@ -257,7 +261,9 @@ def test_no_temporary_of_the_size_of_x_or_w_is_made():
     layer = make_layer(512, 512, 4, bias=False)
     x = torch.randn(512, 512, requires_grad=True)
     layer(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         y = layer(x)
         y.backward(torch.ones_like(y))
     full = 512 * 512 * 4

@@ -114,7 +114,7 @@ def test_the_kernels_are_one_operation_each(device, monkeypatch):
 def kernels_in(run):
     """Names of the kernels that a function launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     launched = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
