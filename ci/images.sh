@@ -2,14 +2,19 @@
 # Build the images for real without an engine: buildah on a Debian base of debootstrap. Run as root, in a scratch folder:
 #
 #     apt-get install -y buildah crun debootstrap
-#     ci/images.sh FOLDER [DEBIAN_MIRROR]
+#     ci/images.sh FOLDER [cpu|cuda|hpu ...]        all three unless told otherwise
 #
-# The CPU image is built and run. The other two have bases that only their vendors' registries give: their steps are tried
-# on the same Debian base with a CPU build of torch, which shows that the steps work and nothing about the device.
+# The CPU image is built and run. The other two have bases that only registries of images give: their steps are tried on
+# the same Debian base, the Gaudi image's with a CPU build of torch that it must keep. That shows that the steps work and
+# nothing about the device. DEBIAN_MIRROR names a mirror; pip's own settings (PIP_CONFIG_FILE) hold in the builds, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-folder=$1 mirror=${2:-http://deb.debian.org/debian}
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
+folder=$1
+shift
+wanted=${*:-cpu cuda hpu}
+mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+mkdir -p "$folder"
+export BUILDAH_ISOLATION=chroot
 index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 # The machine's own certificates and pip settings serve the build.
 share=(--network host -v /etc/ssl/certs:/etc/ssl/certs:ro)
@@ -19,10 +24,10 @@ for links in ${PIP_FIND_LINKS:-}; do if [ -d "$links" ]; then share+=(-v "$links
 
 tell() { printf '\n--> %s\n' "$*"; }
 
+packages=ca-certificates,python3,python3-venv,python3-pip,python3-dev,gcc,libc6-dev
 if ! buildah inspect localhost/paca-base >/dev/null 2>&1; then
     tell "a Debian base"
-    packages=ca-certificates,python3,python3-venv,python3-pip,python3-dev,gcc,libc6-dev
-    [ -e "$folder/rootfs/usr/bin/python3" ] ||
+    [ -e "$folder/rootfs/usr/bin/pip3" ] ||
         debootstrap --variant=minbase --include="$packages" bookworm "$folder/rootfs" "$mirror" >"$folder/debootstrap.log"
     container=$(buildah from scratch)
     buildah add -q "$container" "$folder/rootfs" /
@@ -48,14 +53,27 @@ run() {
     buildah rm "$container" >/dev/null
 }
 
-build paca:cpu cpu.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
-run localhost/paca:cpu paca env
-build paca:cuda-steps cuda.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
+cpu() {
+    build paca:cpu cpu.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
+    run localhost/paca:cpu paca env
+}
 
-tell "a stand-in for the Gaudi image: the base with a torch of its own"
-container=$(buildah from "${share[@]}" localhost/paca-base)
-buildah run "$container" -- python3 -m pip install -q --break-system-packages --no-cache-dir --extra-index-url "$index" torch==2.13.0
-buildah commit -q "$container" localhost/paca-torch
-buildah rm "$container" >/dev/null
-build paca:hpu-steps hpu.Dockerfile localhost/paca-torch
-tell "all images built"
+cuda() {
+    build paca:cuda-steps cuda.Dockerfile localhost/paca-base --build-arg "TORCH_INDEX=$index"
+}
+
+hpu() {
+    local container
+    tell "a stand-in for the vendor's image: a torch of its own, and pip without ensurepip, as there"
+    container=$(buildah from localhost/paca-base)
+    buildah run "${share[@]}" "$container" -- python3 -m pip install -q --break-system-packages --no-cache-dir \
+        --extra-index-url "$index" torch==2.13.0
+    buildah run "$container" -- dpkg --purge --force-depends python3.11-venv python3-venv
+    buildah commit -q "$container" localhost/paca-torch
+    buildah rm "$container" >/dev/null
+    build paca:hpu-steps hpu.Dockerfile localhost/paca-torch
+    run localhost/paca:hpu-steps paca env
+}
+
+for image in $wanted; do "$image"; done
+tell "built: $wanted"

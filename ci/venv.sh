@@ -24,6 +24,8 @@ system_packages=
 if [ "$torch" = system ]; then
     "$python" -c 'import torch' || fail "TORCH=system asks for the torch of '$python', which cannot import one"
     system_packages=--system-site-packages
+    # The Gaudi images have pip without ensurepip, which venv installs pip with; the environment then sees that pip.
+    "$python" -c 'import ensurepip' 2>/dev/null || system_packages="$system_packages --without-pip"
 fi
 
 venv_python=$venv/bin/python
