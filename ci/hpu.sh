@@ -9,7 +9,7 @@
 # `PACA_TEST_HPU=device` runs them on the device (docs/gaudi.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-own=${1:-.venv}
+own=$(realpath -m "${1:-.venv}")
 venv=.cache/hpu-venv
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD:$PWD/backends:$PWD/tests:$PWD/tests/device/hpu"
 
@@ -36,7 +36,8 @@ run() {
 
 gaudi=tests/device/hpu/test_gaudi_trainer.py
 run standin 1 "$venv" "$gaudi"
-run standin 0 "$venv" "$gaudi" -k 'compile_mode or the_real_one or other_trainer'
+run standin 0 "$venv" "$gaudi" -k 'compile_mode or the_real_one'
+PACA_OTHER_PYTHON=$own/bin/python run standin 1 "$venv" tests/device/hpu/test_checkpoint_exchange.py
 if why=$("$own/bin/python" -c 'import emulated_device; why = emulated_device.why_not(); print(why or ""); raise SystemExit(bool(why))'); then
     run emulated 0 "$own" tests/device/hpu/test_emulated_device.py
     run emulated 0 "$own" tests/parity/test_every_backend.py --backend hpu -k 'each_strategy or eager'
@@ -49,6 +50,7 @@ fi
 cat <<END
 
 Exercised: optimum-habana $("$venv/bin/python" -c 'from importlib.metadata import version as v; print(v("optimum-habana"), "with transformers", v("transformers"))'), GaudiTrainer in lazy and in compile mode;
+  its checkpoints on the Trainer of transformers $("$own/bin/python" -c 'import transformers; print(transformers.__version__)'), and the other way round;
   $emulated.
 Not exercised, because it takes a Gaudi: the vendor's bridge and compiler, HPU graphs, HCCL, its kernels' numerics, speed and memory.
 END

@@ -67,7 +67,7 @@ hpu() {
     tell "a stand-in for the vendor's image: a torch of its own, and pip without ensurepip, as there"
     container=$(buildah from localhost/paca-base)
     buildah run "${share[@]}" "$container" -- python3 -m pip install -q --break-system-packages --no-cache-dir \
-        --extra-index-url "$index" torch==2.13.0
+        ${index:+--extra-index-url "$index"} torch==2.13.0
     buildah run "$container" -- dpkg --purge --force-depends python3.11-venv python3-venv
     buildah commit -q "$container" localhost/paca-torch
     buildah rm "$container" >/dev/null

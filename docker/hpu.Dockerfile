@@ -8,11 +8,13 @@ ARG OPTIMUM_HABANA=optimum-habana==1.21.2
 WORKDIR /build
 COPY ci/venv.sh ci/
 RUN ci/venv.sh python3 /opt/paca system ""
+COPY requirements requirements
 COPY pyproject.toml README.md LICENSE ./
 COPY paca paca
 COPY backends backends
-# optimum-habana's own pins (transformers 4.55) hold here, not requirements/constraints.txt. torch is compared afterwards.
-RUN /opt/paca/bin/python -m pip install --no-cache-dir -c /opt/paca/torch.txt '.[train]' "${OPTIMUM_HABANA}" && \
+# What the vendor's image has is left as it is wherever it suffices; the rest is pinned. torch is compared afterwards.
+RUN /opt/paca/bin/python requirements/lacking.py requirements/hpu-image.txt >/opt/paca/constraints.txt && \
+    /opt/paca/bin/python -m pip install --no-cache-dir -c /opt/paca/torch.txt -c /opt/paca/constraints.txt '.[train]' "${OPTIMUM_HABANA}" && \
     before="$(cat /opt/paca/torch.txt)" && /opt/paca/bin/python -c \
     'import sys; from importlib.metadata import version; sys.exit(sys.argv[1] != "torch==" + version("torch"))' "${before}"
 ENV HOME=/workspace PATH=/opt/paca/bin:${PATH} PYTHONUNBUFFERED=1 PT_HPU_LAZY_MODE=0

@@ -98,6 +98,16 @@ def what_is_wrong(path: Path) -> str | None:
     return None
 
 
+def random_states_of_devices(path: Path) -> set[str]:
+    """Name the devices, other than the host, whose random state a complete checkpoint holds; other devices cannot use it."""
+    import torch
+    from transformers.trainer import safe_globals  # what the Trainer itself reads the file with
+
+    with safe_globals():
+        states = torch.load(min(path.glob("rng_state*.pth")), weights_only=True)
+    return set(states) - {"python", "numpy", "cpu"}
+
+
 def set_aside(output_dir: Path, after: int) -> list[Path]:
     """Rename the checkpoints beyond a step, which a run that starts there will write again.
 

@@ -211,7 +211,17 @@ def starting_point(recipe: Recipe, say: Say) -> Checkpoint | None:
         )
     if start:
         say(f"resuming from {start.path}")
+        say_what_stays_behind(start, say)
     return start
+
+
+def say_what_stays_behind(start: Checkpoint, say: Say) -> None:
+    """Say which random state of a checkpoint the device in use cannot take over; the Trainer is silent about it."""
+    from paca.registry import get_backend
+
+    here = get_backend().device().type
+    if others := sorted(checkpoints.random_states_of_devices(start.path) - {here}):
+        say(f"random state     of {', '.join(others)} stays behind, because this run is on {here}: drop-out will differ")
 
 
 def _holds_a_run(out: Path) -> bool:

@@ -51,9 +51,10 @@ def _common_form(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     groups = [{**options, **group} for group in state["param_groups"]]
     states = dict(state["state"])
     for group in groups:
-        for number in group["params"] if "step" in group else ():
+        steps = group.pop("step", None)  # AdamW would carry it along and never raise it
+        for number in group["params"] if steps is not None else ():
             if number in states:
-                states[number] = {**states[number], "step": torch.tensor(float(group["step"]))}
+                states[number] = {**states[number], "step": torch.tensor(float(steps))}
     while 0 < len(groups) < _GROUPS:
         groups.append({**groups[-1], "weight_decay": 0.0, "params": []})
     return {**state, "state": states, "param_groups": groups}

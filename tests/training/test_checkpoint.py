@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,11 +18,13 @@ from paca.checkpoint import (
     after_full_disk,
     is_disk_full,
     newest_complete,
+    random_states_of_devices,
     remove_all,
     require_complete,
     set_aside,
     what_is_wrong,
 )
+from paca.training import say_what_stays_behind
 
 
 def make(folder: Path, step: int) -> Path:
@@ -52,6 +56,19 @@ FILES = [
     "rng_state.pth",
     "trainer_state.json",
 ]
+
+
+@pytest.mark.parametrize("devices", [set(), {"cuda"}, {"hpu", "cuda"}])
+def test_the_devices_whose_random_state_was_saved_are_named(tmp_path: Path, devices: set[str]) -> None:
+    path = make(tmp_path, 5)
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(states | dict.fromkeys(devices, torch.get_rng_state()), path / "rng_state.pth")
+    assert random_states_of_devices(path) == devices
+    said: list[str] = []
+    say_what_stays_behind(require_complete(path), said.append)  # on the CPU
+    names = ", ".join(sorted(devices))
+    wanted = f"random state     of {names} stays behind, because this run is on cpu: drop-out will differ"
+    assert said == ([wanted] if devices else [])
 
 
 @pytest.mark.parametrize("name", FILES)
