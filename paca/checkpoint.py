@@ -99,9 +99,11 @@ def what_is_wrong(path: Path) -> str | None:
 
 
 def random_states_of_devices(path: Path) -> set[str]:
-    """Name the devices, other than the host, whose random state a complete checkpoint holds; other devices cannot use it."""
+    """Name the devices, other than the host, whose random state a complete checkpoint holds: of use on them only."""
     import torch
-    from transformers.trainer import safe_globals  # what the Trainer itself reads the file with
+
+    # What the Trainer itself reads the file with; transformers 4.55 defines it here, 5 elsewhere.
+    from transformers.trainer import safe_globals  # type: ignore[attr-defined]
 
     with safe_globals():
         states = torch.load(min(path.glob("rng_state*.pth")), weights_only=True)

@@ -221,7 +221,7 @@ def say_what_stays_behind(start: Checkpoint, say: Say) -> None:
 
     here = get_backend().device().type
     if others := sorted(checkpoints.random_states_of_devices(start.path) - {here}):
-        say(f"random state     of {', '.join(others)} stays behind, because this run is on {here}: drop-out will differ")
+        say(f"the random state of {', '.join(others)} stays behind, as this run is on {here}: drop-out will differ")
 
 
 def _holds_a_run(out: Path) -> bool:

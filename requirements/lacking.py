@@ -1,6 +1,6 @@
 """Print the pins of requirement files whose packages this Python does not have in any version.
 
-    python requirements/lacking.py FILE...
+python requirements/lacking.py FILE...
 """
 
 import re

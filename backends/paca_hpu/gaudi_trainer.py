@@ -21,7 +21,7 @@ from optimum.habana import (  # type: ignore[import-not-found]
     GaudiTrainingArguments,
 )
 from torch import nn
-from transformers.trainer import safe_globals
+from transformers.trainer import safe_globals  # type: ignore[attr-defined]  # defined there by 4.55, not by 5
 
 from paca_hpu import bridge
 from paca_hpu.portable import make_portable, make_scheduler_portable

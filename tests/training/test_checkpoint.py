@@ -67,7 +67,7 @@ def test_the_devices_whose_random_state_was_saved_are_named(tmp_path: Path, devi
     said: list[str] = []
     say_what_stays_behind(require_complete(path), said.append)  # on the CPU
     names = ", ".join(sorted(devices))
-    wanted = f"random state     of {names} stays behind, because this run is on cpu: drop-out will differ"
+    wanted = f"the random state of {names} stays behind, as this run is on cpu: drop-out will differ"
     assert said == ([wanted] if devices else [])
 
 

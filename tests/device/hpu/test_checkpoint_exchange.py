@@ -1,4 +1,4 @@
-"""A checkpoint of GaudiTrainer resumes on transformers 5's own Trainer in its own environment, and the other way round."""
+"""A checkpoint of GaudiTrainer resumes on the Trainer of transformers 5, in its environment, and the reverse."""
 
 from __future__ import annotations
 
