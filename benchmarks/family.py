@@ -37,6 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reselect": {"reselect": 10},
     "largest_change": {"selection": "largest_change"},
     "group_lasso": {"group_lasso": 0.5},
+    "mask-random": {"selection": "mask_random"},
+    "mask-magnitude": {"selection": "mask_magnitude"},
+    "mask-gradient": {"selection": "mask_gradient"},
+    "mask-snip": {"selection": "mask_snip"},
     "lora": {},
 }  # fmt: skip
 

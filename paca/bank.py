@@ -21,7 +21,7 @@ from paca.quantised import library_of
 from paca.registry import get_backend
 from paca.saved import SavedAdapter, SavedLayer, read_adapter
 from paca.select import checked_columns
-from paca.strategies import ColumnWrite
+from paca.strategies import ColumnWrite, write_scatter
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class AdapterBank:
         self.model = model
         self.on_device = on_device
         self.pin_memory = pin_memory
-        self._ops = get_backend().ops
+        self._write = get_backend().ops.write_columns
         self._modules = dict(model.named_modules())
         self._host: dict[str, SavedAdapter] = {}
         self._ready: OrderedDict[str, dict[str, _Ready]] = OrderedDict()  # the least recently used first
@@ -115,6 +115,9 @@ class AdapterBank:
             raise ValueError(f"the bank has an adapter {name!r} already; remove() it first or choose another name")
         saved = adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter)
         saved.refuse_others("a bank")
+        if self._host and saved.config.masked != self._masked:
+            held, found = ("masks", "columns") if self._masked else ("columns", "a mask")
+            raise ValueError(f"the bank holds adapters of {held}, and {name!r} is of {found}; use another bank")
         memory = Counter(p.data_ptr() for _, p in self.model.named_parameters(remove_duplicate=False))
         for layer_name, layer in saved.layers.items():
             self._check(layer_name, layer, saved, memory)
@@ -159,7 +162,8 @@ class AdapterBank:
         for layer_name, ready in old.items():
             ready.restore(before=new.get(layer_name))
         if new:
-            self._ops.write_columns([ready.write for ready in new.values()])
+            write = write_scatter if self._masked else self._write
+            write([ready.write for ready in new.values()])
         before, self._active = self._active, name
         if before is not None and self.on_device is not None and len(self._ready) > self.on_device:
             self.evict(before)
@@ -210,20 +214,25 @@ class AdapterBank:
         if module is None:
             raise ValueError(f"the adapter trains {name}, and the model has no such module: it is for another model")
         try:
-            in_features, out_features = in_out_features(module)
+            width, rows = in_out_features(module)
         except TypeError as error:
             raise ValueError(f"{name}: {error}") from None
-        checked_columns(layer.index, in_features, name)
-        if len(layer.delta) != out_features:
-            raise ValueError(f"{name} has {out_features} outputs, the adapter's deltas have {len(layer.delta)}")
+        if saved.config.masked:
+            width, rows = width * rows, 1
+        checked_columns(layer.index, width, name)
+        if len(layer.delta) != rows:
+            raise ValueError(f"{name} has {rows} outputs, the adapter's deltas have {len(layer.delta)}")
         weight = _parameter(module)
         why = "it is tied to another module's" if memory[weight.data_ptr()] > 1 else why_not_resident(weight)
         if library_of(module) is not None:
             why = "it is quantised"
+        if saved.config.masked and not weight.is_contiguous():
+            why = "it is not contiguous in memory"
         if why:
             raise ValueError(f"the weight of {name} cannot hold columns: {why}; load the adapter with PEFT instead")
         expected = (saved.config.base_fingerprint or {}).get(name) if saved.config.check_base else None
-        found = fingerprint(self._pretrained_columns(name, layer.index.to(weight.device)), in_features)
+        matrix = _matrix(module, saved.config.masked)
+        found = fingerprint(self._pretrained_columns(name, matrix, layer.index.to(weight.device)), width)
         if expected and (difference := mismatch(expected, found)):
             raise BaseMismatchError(f"{name}: the adapter was made for another base model: {difference}")
 
@@ -233,20 +242,25 @@ class AdapterBank:
         others = [layers[name] for layers in self._ready.values() if name in layers]
         twin = next((o.write for o in others if (o.key, o.address) == (key, weight.data_ptr())), None)
         index = twin.index if twin else layer.index.to(weight.device, non_blocking=True)
-        base = twin.base if twin else self._pretrained_columns(name, index)
+        matrix = _matrix(self._modules[name], self._masked)
+        base = twin.base if twin else self._pretrained_columns(name, matrix, index)
         delta = layer.delta.to(weight.device, non_blocking=True)
-        matrix = _matrix(self._modules[name])
         return _Ready(ColumnWrite(matrix, index, base, delta, layer.scale), key, weight.data_ptr())
 
-    def _pretrained_columns(self, name: str, index: Tensor) -> Tensor:
+    def _pretrained_columns(self, name: str, matrix: Tensor, index: Tensor) -> Tensor:
         """Return a copy of pretrained columns, (out, r), whatever the model holds now."""
-        columns = _matrix(self._modules[name]).index_select(1, index)
+        columns = matrix.index_select(1, index)
         held = self._ready[self._active].get(name) if self._active is not None else None
         if held is not None:
             position = torch.searchsorted(held.write.index, index).clamp(max=len(held.write.index) - 1)
             kept = held.write.index[position] == index
             columns = torch.where(kept, held.write.base[:, position], columns)
         return columns
+
+    @property
+    def _masked(self) -> bool:
+        """Whether its adapters train single entries."""
+        return any(saved.config.masked for saved in self._host.values())
 
     def _refuse_moved(self, layers: dict[str, _Ready]) -> None:
         for name, ready in layers.items():
@@ -270,9 +284,11 @@ def _parameter(module: nn.Module) -> Tensor:
     return weight
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in); a transposed view for Conv1D."""
+def _matrix(module: nn.Module, masked: bool) -> Tensor:
+    """The weight as (out, in), a transposed view for Conv1D; for masks as one row."""
     weight = _parameter(module).detach()
+    if masked:
+        return weight.view(1, -1)
     return weight.t() if isinstance(module, Conv1D) else weight
 
 

@@ -11,8 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from paca.config import PacaConfig
+from paca.entries import best_entries
 from paca.layer import in_out_features
 from paca.model import PacaModel, rank_of
 from paca.select import MEASURED, best_columns, shared_name
@@ -28,7 +30,9 @@ def calibrate(
 
     Scores per column j of a layer, summed over batches (and over layers that read the same input, if `share_columns`):
     `activation_norm_*`: Σ x_j² over tokens; `gradient_norm`: ‖dW[:, j]‖² of each batch's gradient. A dW is formed for
-    one layer at a time, reduced to its column norms and dropped. The model is left as it was.
+    one layer at a time, reduced to its column norms and dropped. A mask's entries are scored by |g| or |w·g|,
+    where g is the sum of all batches' gradients; it is kept of every weight, in float32 in host memory. The model is
+    left as it was.
 
     Args:
         model: the base model, before `get_peft_model`.
@@ -47,12 +51,13 @@ def calibrate(
             f"selection={config.selection!r} needs no calibration; the measured ones are {', '.join(MEASURED)}"
         )
     targets = PacaModel.targets(model, config)
+    PacaModel.check_fits(model, config, calibrates=True)
     if adapted := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
         raise ValueError(f"calibrate needs the base model, before get_peft_model: {adapted[0]} has an adapter already")
     if not targets:
         raise ValueError(f"there is nothing to calibrate: no layer matches target_modules={config.target_modules!r}")
-    scores = {name: torch.zeros(in_out_features(module)[0], dtype=torch.float64) for name, module in targets.items()}
-    gradients = config.selection == "gradient_norm"
+    scores = {name: _no_score(module, config.masked) for name, module in targets.items()}
+    gradients = config.selection == "gradient_norm" or config.masked
     compute = loss or (lambda model, batch: model(**batch).loss)
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
@@ -79,6 +84,15 @@ def calibrate(
         raise ValueError("calibrate needs at least one batch, found none")
     chosen = copy.deepcopy(config)
     chosen.columns = {}
+    if config.masked:
+        for name, module in targets.items():
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            sensitivity = (
+                scores[name] * weight.detach().cpu().float() if config.selection == "mask_snip" else scores[name]
+            )
+            count = rank_of(config, name) * in_out_features(module)[1]
+            chosen.columns[name] = best_entries(sensitivity.abs(), count).tolist()
+        return chosen
     for name in targets:
         together = [
             other for other in targets if other == name or (config.share_columns and _same_input(targets, name, other))
@@ -89,6 +103,14 @@ def calibrate(
     return chosen
 
 
+def _no_score(module: nn.Module, masked: bool) -> Tensor:
+    """Zeros for each column, (in,) float64, or for each entry in the weight's own layout, float32; on the CPU."""
+    if masked:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return torch.zeros(weight.shape)
+    return torch.zeros(in_out_features(module)[0], dtype=torch.float64)
+
+
 def _same_input(targets: Mapping[str, nn.Module], name: str, other: str) -> bool:
     return (
         shared_name(name) == shared_name(other)
@@ -97,10 +119,10 @@ def _same_input(targets: Mapping[str, nn.Module], name: str, other: str) -> bool
 
 
 def _observer(score: Tensor, gradients: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Make a forward hook that adds one layer's column norms to `score`, (in,) float64 on the CPU."""
+    """Make a forward hook that adds one layer's column norms, or its gradient, to `score` on the CPU."""
 
     def observe(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        x = inputs[0].detach().reshape(-1, score.shape[0])
+        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
         if not gradients:
             score.add_(x.double().square().sum(0).cpu())
             return
@@ -109,7 +131,10 @@ def _observer(score: Tensor, gradients: bool) -> Callable[[nn.Module, tuple[Tens
 
         def add_gradient(gy: Tensor) -> None:
             dw = gy.reshape(-1, gy.shape[-1]).t() @ x.to(gy.dtype)  # (out, in), of this layer alone
-            score.add_(dw.double().square().sum(0).cpu())
+            if score.dim() == 1:
+                score.add_(dw.double().square().sum(0).cpu())
+            else:
+                score.add_((dw.t() if isinstance(module, Conv1D) else dw).float().cpu())
 
         y.register_hook(add_gradient)
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -60,7 +60,7 @@ class ColumnSet:
     Attributes:
         index: (u,) int64, the sorted union of their columns.
         key: equal for equal `index`, cheap to compare.
-        runs: the same columns as runs of neighbours, (first, last + 1) each, on the host.
+        first: of columns that lie side by side; None if they do not.
 
     Args:
         adapters: at least one.
@@ -74,7 +74,14 @@ class ColumnSet:
             self.index = indices[0].clone() if one else torch.cat(indices).unique()
             self.positions = None if one else [torch.searchsorted(self.index, index) for index in indices]
         numbers = self.index.cpu()
-        self.key, self.runs = numbers.numpy().tobytes(), runs_of(numbers.tolist())
+        self.key = numbers.numpy().tobytes()
+        self._numbers = numbers
+        self.first = int(numbers[0]) if int(numbers[-1] - numbers[0]) + 1 == len(numbers) else None
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The columns as runs of neighbours, (first, last + 1) each, on the host."""
+        return runs_of(self._numbers.tolist())
 
     def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
         """Whether this plan still serves: the same columns of the same adapters on the same device."""
@@ -190,6 +197,10 @@ class AdaptedWeight:
         """Turn (out, in) into the layer's own layout, or back."""
         return weight.t() if isinstance(self.layer, Conv1D) else weight
 
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """The matrix whose columns train as (out, in), which it is."""
+        return matrix
+
     @property
     def is_adapted(self) -> bool:
         """Whether the weight holds adapted columns now."""
@@ -266,8 +277,7 @@ class AdaptedWeight:
         assert self.columns is not None
         delta, scale = self.columns.combined(adapters)
         columns = self.columns
-        first = columns.runs[0][0] if len(columns.runs) == 1 else None
-        return ColumnWrite(self.matrix, columns.index, columns.base, delta.detach(), scale, first)
+        return ColumnWrite(self.matrix, columns.index, columns.base, delta.detach(), scale, columns.first)
 
     def mark_written(self, adapters: Sequence[Adapter], epoch: int) -> None:
         """Note that the weight holds these adapters."""
@@ -332,7 +342,7 @@ class AdaptedWeight:
         base = self.pretrained_columns(adapter.index)
         with columns_in(self.matrix, adapter.index, base, adapter.delta, adapter.scale, self.ops) as weight:
             if torch.compiler.is_compiling():  # the columns are in a copy of the weight
-                return self.ops.forward(x, weight, self.layer.bias)  # type: ignore[arg-type]
+                return self.ops.forward(x, self.shaped(weight), self.layer.bias)  # type: ignore[arg-type]
             y: Tensor = self.layer(x)
         return y
 

@@ -56,6 +56,7 @@ def compress(folder: Path, out: Path, bits: int) -> Report:
     """
     refuse_full(out)
     saved = read_adapter(folder)
+    saved.refuse_mask("compression")
     tensors = dict(saved.others)
     lost, whole = {}, {}
     for name, layer in saved.layers.items():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from paca.select import SELECTIONS
+from paca.select import MASKS, SELECTIONS
 
 RESIDENCIES = ("auto", "resident", "swap")
 STARTS = ("loaded", "checkpoint")
@@ -51,17 +51,20 @@ class PacaConfig(PeftConfig):
         random_seed: seed of the column choice, with each module's name.
         selection: how columns are chosen: "random" (the paper), "weight_norm" (largest), or by a calibration pass
             (`paca.calibrate`) "activation_norm_large", "activation_norm_small", "gradient_norm"; or "s2ft": whole heads
-            and channels, drawn over all layers together (`paca.s2ft`).
+            and channels, drawn over all layers together (`paca.s2ft`); or single entries instead of columns, as many as
+            r columns have (`paca.masked`): "mask_random", "mask_magnitude" (largest |w|), or by a calibration pass
+            "mask_gradient" (largest |g|), "mask_snip" (largest |w·g|).
         copermute: with selection "s2ft", reorder heads and channels of the base model so that the trained columns lie
             side by side (`paca.permutation`).
         prefix_training: {"min": b, "max": b'}: each step trains the first columns only, how many is drawn anew, so that
             any prefix of the adapter is an adapter (DyLoRA); see docs/family.md for this and the next three.
         groups: so many disjoint groups of columns, one of which trains in each step (MoSA).
-        reselect: every so many steps, give up the quarter of the columns that moved least for others.
+        reselect: every so many steps, or "epoch" for every epoch, give up the quarter of the columns that moved least
+            for others.
         group_lasso: strength of a penalty under which whole layers drop out (GS-LoRA).
         warmup_adapter: a saved adapter, whose largest changes `selection="largest_change"` takes.
         columns: columns chosen by hand, module name (or suffix) → column numbers; wins over `selection`. Not saved: the
-            adapter file has them.
+            adapter file has them. With a mask, numbers of entries, row · width + column in the weight as it is.
         share_columns: let layers that read the same input (q/k/v, gate/up) train the same columns, so that one gather
             serves them.
         residency: "resident": the weight holds the columns between steps; "swap": they are put in around each GEMM;
@@ -109,7 +112,9 @@ class PacaConfig(PeftConfig):
         default=None, metadata={"help": "train random prefixes of min to max columns"}
     )
     groups: int | None = field(default=None, metadata={"help": "groups of columns, one trained a step"})
-    reselect: int | None = field(default=None, metadata={"help": "steps between choices of new columns"})
+    reselect: int | Literal["epoch"] | None = field(
+        default=None, metadata={"help": "steps between choices of new columns, or epoch"}
+    )
     group_lasso: float = field(default=0.0, metadata={"help": "penalty under which whole layers drop out"})
     warmup_adapter: str | None = field(default=None, metadata={"help": "a saved adapter for selection largest_change"})
     columns: dict[str, list[int]] | None = field(
@@ -150,6 +155,7 @@ class PacaConfig(PeftConfig):
         if self.copermute and self.selection != "s2ft":
             raise ValueError(f"`copermute` needs selection='s2ft', found {self.selection!r}")
         self._check_schedules()
+        self._check_mask()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
@@ -164,8 +170,9 @@ class PacaConfig(PeftConfig):
                 raise ValueError(f"`prefix_training` must be {{min: b, max: b'}} with 1 ≤ b ≤ b' ≤ r, found {prefix!r}")
         if self.groups is not None and not 2 <= self.groups <= self.r:
             raise ValueError(f"`groups` must be from 2 to r = {self.r}, found {self.groups}")
-        if self.reselect is not None and self.reselect < 1:
-            raise ValueError(f"`reselect` must be a number of steps, at least 1, found {self.reselect}")
+        steps = isinstance(self.reselect, int) and not isinstance(self.reselect, bool) and self.reselect >= 1
+        if self.reselect not in (None, "epoch") and not steps:
+            raise ValueError(f"`reselect` must be a number of steps, at least 1, or 'epoch'; found {self.reselect!r}")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative, found {self.group_lasso}")
         if self.groups is not None and self.prefix_training is not None:
@@ -174,6 +181,19 @@ class PacaConfig(PeftConfig):
             raise ValueError(
                 "`warmup_adapter` and selection='largest_change' need each other: the columns come from it"
             )
+
+    @property
+    def masked(self) -> bool:
+        """Whether single entries train instead of columns."""
+        return self.selection in MASKS
+
+    def _check_mask(self) -> None:
+        for option in ("prefix_training", "groups", "reselect") if self.masked else ():
+            if getattr(self, option) is not None:
+                raise ValueError(
+                    f"`{option}` is about columns, and selection={self.selection!r} trains single entries; use one of "
+                    "the two"
+                )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does; of `columns` only that they were chosen: the adapter file has them.

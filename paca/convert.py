@@ -51,6 +51,7 @@ def convert_to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[Lo
         ValueError: if there is no such PaCA adapter.
     """
     saved = adapter_of(model, adapter_name)
+    saved.refuse_mask("a LoRA form")
     return _lora_config(saved), _lora_tensors(saved)
 
 
@@ -69,7 +70,7 @@ def adapter_of(model: nn.Module, adapter_name: str = "default") -> SavedAdapter:
     ours = copy.deepcopy(settings(config))
     if isinstance(config, PacaConfig):
         config.base_fingerprint = None  # of these tensors only
-    widths = {m.name: size_only(m.in_features) for m in model.modules() if isinstance(m, PacaLayer)}
+    widths = {m.name: size_only(m.grid[1]) for m in model.modules() if isinstance(m, PacaLayer)}
     ours.base_fingerprint = widths | (ours.base_fingerprint or {})
     return from_tensors(ours, tensors)
 
@@ -95,6 +96,7 @@ def export_lora(
     """
     refuse_full(Path(out_dir))
     saved = read_adapter(adapter_dir)
+    saved.refuse_mask("a LoRA form")
     if for_server:
         saved.refuse_others("a LoRA server")
         return write_adapter(_server_config(saved), _server_tensors(saved), out_dir)
@@ -116,6 +118,7 @@ def export_prefix(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLik
     """
     refuse_full(Path(out_dir))
     saved = read_adapter(adapter_dir)
+    saved.refuse_mask("export by prefix")
     narrow = min(saved.layers, key=lambda name: len(saved.layers[name].index))
     if not 1 <= r <= len(saved.layers[narrow].index):
         raise AdapterError(

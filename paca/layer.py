@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -49,6 +49,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("paca_delta",)
+    weight_class: ClassVar[type[AdaptedWeight]] = AdaptedWeight  # of a weight that is not quantised
     other_param_names = ("paca_indices", "r", "paca_alpha", "scaling", "expected_fingerprint", "checked_indices")
 
     def __init__(
@@ -65,7 +66,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.quantization_backend = library_of(self.get_base_layer())
         self.adapted = (
-            AdaptedWeight(self.get_base_layer(), name, backend.ops, residency)
+            self.weight_class(self.get_base_layer(), name, backend.ops, residency)
             if self.quantization_backend is None
             else QuantisedWeight(self.get_base_layer(), name, backend.ops, self.quantization_backend, dtype)
         )
@@ -94,6 +95,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Return the wrapped layer; a Conv1D has the same attributes as far as they are used here."""
         return super().get_base_layer()  # type: ignore[return-value]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows of the matrix whose columns train, and columns to choose from."""
+        return self.out_features, self.in_features
+
     def update_layer(
         self,
         adapter_name: str,
@@ -108,10 +114,11 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
         Δ starts at 0 unless `init_weights` is False (for tests).
         """
-        r = len(index)
+        rows = self.grid[0]
+        r = len(index) * rows // self.out_features
         weight = self.adapted.parameter
         dtype = torch.promote_types(self.adapted.dtype, torch.float32)
-        delta = torch.zeros(self.out_features, r, dtype=dtype)
+        delta = torch.zeros(rows, len(index), dtype=dtype)
         if not init_weights:
             nn.init.normal_(delta, std=0.1)
         self.r[adapter_name], self.paca_alpha[adapter_name], self.scaling[adapter_name] = r, alpha, alpha / r
@@ -182,16 +189,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(
                 f"{self.name}: weight or adapter is on the meta device; load their values before running the model"
             )
-        resident = adapted.residency == "resident"
-        ops = adapted.step_ops(self.training)
-        delta, scale = columns.combined(adapters)
         bias = self.get_base_layer().bias
         trains = any(adapter.delta.requires_grad for adapter in adapters)
         if not (torch.is_grad_enabled() and (trains or x.requires_grad or (bias is not None and bias.requires_grad))):
-            base = None if resident else columns.base
+            base = None if adapted.residency == "resident" else columns.base
+            ops = adapted.step_ops(self.training)
+            delta, scale = columns.combined(adapters)
             with columns_in(adapted.matrix, columns.index, base, delta, scale, adapted.ops) as weight:
                 if base is not None and torch.compiler.is_compiling():  # the columns are in a copy of the weight
-                    return ops.forward(x, weight, bias)
+                    return ops.forward(x, adapted.shaped(weight), bias)
                 if ops is not adapted.ops:  # a forward that is recomputed for its backward must be the same then
                     return ops.forward(x.to(_compute_dtype(x)), weight, bias)
                 return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -201,7 +207,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: the base weight requires a gradient, but PaCA trains its columns through the adapter "
                 "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
             )
-        cast_x = x.to(_compute_dtype(x))
+        return self._forward_trained(x, x.to(_compute_dtype(x)), adapters, columns)
+
+    def _forward_trained(self, x: Tensor, cast_x: Tensor, adapters: list[Adapter], columns: Columns) -> Tensor:
+        """Apply the layer with a gradient to come; `cast_x` is `x` in the dtype of the GEMM."""
+        adapted, resident = self.adapted, self.adapted.residency == "resident"
+        trains = any(adapter.delta.requires_grad for adapter in adapters)
+        delta, scale = columns.combined(adapters)
         if trains and (group := self._group(adapters)) is not None:
             return self._forward_group(x, cast_x, group, adapters[0], columns)
         if self.shared_input is not None and (shared := self.shared_input.output(self, x, cast_x)) is not None:
@@ -210,13 +222,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             cast_x,
             self._gathered(x, cast_x) if trains else None,
             adapted.matrix,
-            bias,
+            self.get_base_layer().bias,
             delta,
             columns.index,
             scale,
             None if resident else columns.base,
             adapted.held if resident and not torch.compiler.is_compiling() else None,
-            ops,
+            adapted.step_ops(self.training),
         )
         return y
 
@@ -527,9 +539,13 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             index = state_dict.get(f"{prefix}paca_indices.{name}")
             if index is None or index.is_meta:
                 continue
-            found = len(checked_columns(index, self.in_features, f"{self.name}, adapter {name!r}"))
-            if found != r:
-                raise ValueError(f"{self.name}, adapter {name!r}: its config trains {r} columns, its file has {found}")
+            rows, width = self.grid
+            found = len(checked_columns(index, width, f"{self.name}, adapter {name!r}"))
+            wanted = r * self.out_features // rows
+            if found != wanted:
+                raise ValueError(
+                    f"{self.name}, adapter {name!r}: its config trains {wanted} columns, its file has {found}"
+                )
         if self.merged and f"{prefix}base_layer.weight" in state_dict:
             raise ValueError(
                 f"{self.name}: base weights cannot be loaded while an adapter is merged into them, because nobody "
@@ -546,7 +562,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             BaseMismatchError: if the adapter was made for another base.
         """
         index, delta = self.paca_indices[adapter], self.paca_delta[adapter]
-        columns = checked_columns(index, self.in_features, f"{self.name}, adapter {adapter!r}")
+        columns = checked_columns(index, self.grid[1], f"{self.name}, adapter {adapter!r}")
         with torch.no_grad():  # all else relies on sorted columns
             delta.copy_(delta[:, index.argsort()])
             index.copy_(columns)

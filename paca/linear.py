@@ -39,7 +39,7 @@ class Held:
         self.key: object = None
 
 
-_CHANGED = (
+CHANGED = (
     "the adapted columns changed between forward and backward (by an optimizer step, a switch of adapters or a load); "
     "run backward before changing them, or repeat the forward"
 )
@@ -106,7 +106,7 @@ class PacaLinear(Function):
         gx = gbias = gdelta = None
         if ctx.needs_input_grad[0]:
             if ctx.held is not None and ctx.held.key != ctx.key:
-                raise StaleColumnsError(_CHANGED)
+                raise StaleColumnsError(CHANGED)
             with columns_in(weight, index, base, delta, ctx.scale, ctx.ops) as adapted:
                 gx = ctx.ops.grad_input(gy, adapted.to(gy.dtype))
         if ctx.needs_input_grad[3]:
@@ -158,7 +158,7 @@ class PacaLinears(Function):
         used = [(gy, reader, key) for gy, reader, key in zip(gys, ctx.readers, ctx.keys, strict=True) if gy is not None]
         if ctx.needs_input_grad[0] and used:
             if any(reader.held.key != key for _, reader, key in used):
-                raise StaleColumnsError(_CHANGED)
+                raise StaleColumnsError(CHANGED)
             gx = ctx.ops.grad_input_sum(
                 [gy for gy, _, _ in used], [reader.weight.to(gy.dtype) for gy, reader, _ in used]
             )

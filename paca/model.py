@@ -28,8 +28,10 @@ from paca import freshness, s2ft
 from paca.columns import why_not_resident
 from paca.compress import expanded
 from paca.config import PacaConfig, settings
+from paca.entries import from_file, padded, to_file
 from paca.largest_change import largest_changes
 from paca.layer import AdaptedLinear, PacaLayer, in_out_features
+from paca.masked import MaskedLinear
 from paca.mixing import mixed_batch
 from paca.original import start_from_checkpoint
 from paca.permutation import copermute
@@ -74,7 +76,7 @@ class PacaModel(BaseTuner):
         if config.selection == "largest_change" and config.columns is None:
             config = largest_changes(config, self.targets(model, config))
             self.peft_config[adapter_name] = config
-        ranks = {name: len(columns) for name, columns in (config.columns or {}).items()}
+        ranks = self._ranks_of_columns(model, config)
         ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
         if ranks:  # columns are not saved with the config; how many there are must be
             config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
@@ -88,6 +90,16 @@ class PacaModel(BaseTuner):
         self._schedule(config, adapter_name)
         share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
+
+    @classmethod
+    def _ranks_of_columns(cls, model: nn.Module, config: PacaConfig) -> dict[str, int]:
+        """Return the rank that columns chosen by hand mean; of a mask, whose entries are as many as r columns have."""
+        chosen = config.columns or {}
+        if not config.masked:
+            return {key: len(columns) for key, columns in chosen.items()}
+        heights = {name: in_out_features(module)[1] for name, module in cls.targets(model, config).items()}
+        named = {key: next((out for name, out in heights.items() if _names(key, name)), 1) for key in chosen}
+        return {key: len(entries) // named[key] for key, entries in chosen.items()}
 
     def _schedule(self, config: PacaConfig, adapter_name: str) -> None:
         """Give the adapter's layers what changes from step to step, if the config asks for it."""
@@ -154,7 +166,18 @@ class PacaModel(BaseTuner):
         Raises:
             ValueError, TypeError: naming the layer, what was found and what is possible.
         """
-        widths = {name: in_out_features(module)[0] for name, module in cls.targets(model, config).items()}
+        targets = cls.targets(model, config)
+        widths = {name: in_out_features(module)[0] for name, module in targets.items()}
+        if config.masked:
+            cls._check_masks_fit(targets)
+        for name in targets:
+            layer = model.get_submodule(name)
+            if isinstance(layer, PacaLayer) and isinstance(layer, MaskedLinear) != config.masked:
+                has, gets = ("columns", "a mask") if config.masked else ("a mask", "columns")
+                raise ValueError(
+                    f"{name} has an adapter that trains {has}, and the new one trains {gets}; the adapters of a weight "
+                    "are all of one kind: delete or unload the other one first"
+                )
         if too_wide := {name: width for name, width in widths.items() if rank_of(config, name) > width}:
             name, width = min(too_wide.items(), key=lambda item: item[1])
             raise ValueError(
@@ -172,7 +195,21 @@ class PacaModel(BaseTuner):
             if not named:
                 raise ValueError(f"columns[{key!r}] matches no targeted layer")
             for name in named:
-                checked_columns(columns, widths[name], name)
+                height = in_out_features(targets[name])[1] if config.masked else 1
+                checked_columns(columns, widths[name] * height, name)
+                if len(columns) % height:
+                    raise ValueError(
+                        f"columns[{key!r}] has {len(columns)} entries; a mask of {name} trains as many as some columns "
+                        f"of {height} have, a multiple of {height}"
+                    )
+
+    @classmethod
+    def _check_masks_fit(cls, targets: dict[str, nn.Module]) -> None:
+        if quantised := [name for name, module in targets.items() if library_of(module) is not None]:
+            raise ValueError(
+                f"{quantised[0]} is quantised, and the entries of a mask live in the weight; choose columns "
+                "(selection='random') for a quantised model"
+            )
 
     def _create_and_replace(
         self,
@@ -188,7 +225,8 @@ class PacaModel(BaseTuner):
         layer = target if isinstance(target, PacaLayer) else None
         if layer is None:
             residency = self._residency(config, target, current_key)
-            layer = AdaptedLinear(target, current_key, get_backend(), residency, model_dtype(self.model))
+            kind = MaskedLinear if config.masked else AdaptedLinear
+            layer = kind(target, current_key, get_backend(), residency, model_dtype(self.model))
         elif config.residency not in ("auto", layer.residency):
             raise ValueError(
                 f"{current_key}: residency={config.residency!r}, but the weight's other adapters are "
@@ -235,8 +273,10 @@ class PacaModel(BaseTuner):
         """Choose the columns of one layer, (r,) int64 on the CPU."""
         chosen = next((columns for key, columns in (config.columns or {}).items() if _names(key, name)), None)
         if chosen is not None:
-            return checked_columns(chosen, layer.in_features, name)
+            return checked_columns(chosen, layer.grid[1], name)
         r = rank_of(config, name)
+        if isinstance(layer, MaskedLinear):
+            return layer.choose(config.selection, r, config.random_seed or 0)
         if config.selection == "weight_norm":
             return best_columns(weight_norms(list(self._weights_with_same_input(config, layer, parent, name))), r)
         drawn_as = shared_name(name) if config.share_columns else name
@@ -346,6 +386,8 @@ class PacaModel(BaseTuner):
             raise ValueError(f"combination_type must be 'linear' or 'cat', found {combination_type!r}")
         if saved := [name for name in adapters if settings(self.peft_config[name]).modules_to_save]:
             raise ValueError(f"adapter {saved[0]!r} has modules_to_save, which cannot be summed")
+        if len({settings(self.peft_config[name]).masked for name in adapters}) > 1:
+            raise ValueError("columns and masks cannot be summed: what a mask trains is no column")
 
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, PacaLayer)}
         sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -354,8 +396,10 @@ class PacaModel(BaseTuner):
             if not used:
                 continue
             index = torch.cat([layer.paca_indices[a] for a, _ in used]).unique()
+            if isinstance(layer, MaskedLinear):  # as many entries as some columns have
+                index = padded(index, layer.out_features)
             dtype = reduce(torch.promote_types, (layer.paca_delta[a].dtype for a, _ in used))
-            delta = torch.zeros(layer.out_features, len(index), dtype=dtype, device=index.device)
+            delta = torch.zeros(layer.grid[0], len(index), dtype=dtype, device=index.device)
             for adapter, weight in used:
                 position = torch.searchsorted(index, layer.paca_indices[adapter])
                 delta.index_add_(
@@ -368,13 +412,10 @@ class PacaModel(BaseTuner):
 
         config: Any = copy.deepcopy(settings(self.peft_config[adapters[0]]))
         config.columns = {f"^{re.escape(name)}": index.tolist() for name, (index, _) in sums.items()}
-        config.r = max(len(index) for index, _ in sums.values())
-        config.rank_pattern = {
-            f"^{re.escape(name)}": len(index) for name, (index, _) in sums.items() if len(index) != config.r
-        }
-        config.alpha_pattern = {
-            f"^{re.escape(name)}": len(index) for name, (index, _) in sums.items() if len(index) != config.r
-        }
+        ranks = {name: delta.numel() // layers[name].out_features for name, (_, delta) in sums.items()}
+        config.r = max(ranks.values())
+        config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+        config.alpha_pattern = dict(config.rank_pattern)
         config.paca_alpha, config.exclude_modules, config.base_fingerprint = config.r, None, None
         config.target_modules = "|".join(re.escape(name) for name in sums)  # these, and no others that end alike
         config.layers_to_transform = config.layers_pattern = None
@@ -424,14 +465,14 @@ class PacaModel(BaseTuner):
             if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.order is not None:
                 key = next(k for k in state if k.endswith(f"{layer.name}.paca_indices.{adapter_name}"))
                 state[key] = layer.order.to(state[key].device)[state[key]]
-        return state
+        return to_file(state, adapter_name) if settings(config).masked else state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Expand compressed columns on their way into the model."""
-        expand = expanded(state_dict)
+        """Expand compressed columns, and lay masks out as rows, on their way into the model."""
+        expand = from_file(expanded(state_dict))
         for layer in model.modules():
             if isinstance(layer, PacaLayer) and adapter_name in layer.paca_delta and layer.order is not None:
                 for key in [k for k in expand if k.endswith(f"{layer.name}.paca_indices")]:

@@ -73,8 +73,11 @@ def overlap(first: SavedAdapter, second: SavedAdapter) -> list[Overlap]:
     """Compare two adapters of one base model: an entry for each layer that either trains, and one for all, "total".
 
     Raises:
-        AdapterError: if a layer has another number of outputs in the second than in the first.
+        AdapterError: if one is a mask and the other is not, or a layer has another number of outputs in the second than
+            in the first.
     """
+    if first.config.masked != second.config.masked:
+        raise AdapterError("one adapter trains single entries, the other columns: a mask and columns do not meet")
     entries: list[Overlap] = []
     sums = torch.zeros(3, dtype=torch.float64)  # ⟨U₁, U₂⟩, ‖U₁‖², ‖U₂‖²
     nothing = SavedLayer(torch.empty(0, dtype=torch.long), torch.empty(0, 0), 1.0)

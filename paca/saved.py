@@ -21,6 +21,7 @@ from torch import Tensor
 
 from paca.compress import expanded
 from paca.config import PEFT_TYPE, PacaConfig, settings
+from paca.entries import from_file, holds_masks, to_file
 from paca.errors import AdapterError
 from paca.fingerprint import in_features_of
 
@@ -59,6 +60,18 @@ class SavedAdapter:
         """Return the number of inputs of a layer; None if the file does not say."""
         recorded = (self.config.base_fingerprint or {}).get(name)
         return None if recorded is None else in_features_of(recorded)
+
+    def refuse_mask(self, what: str) -> None:
+        """Refuse an adapter that trains single entries.
+
+        Raises:
+            AdapterError: saying what is only for columns.
+        """
+        if self.config.masked:
+            raise AdapterError(
+                f"{what} is for adapters of columns, and this one trains single entries ({self.config.selection}); "
+                "paca merge writes its model as an ordinary checkpoint"
+            )
 
     def refuse_others(self, who: str) -> None:
         """Refuse an adapter that trains more than columns.
@@ -102,7 +115,10 @@ def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
         AdapterError: if they do not belong together; the message names the layer.
     """
     ours = settings(config)
-    tensors = expanded(tensors)
+    if ours.masked != holds_masks(tensors):
+        held, said = ("masks", "columns") if holds_masks(tensors) else ("columns", "a mask")
+        raise AdapterError(f"the adapter's tensors are {held}, and its config says {said}: {ours.selection}")
+    tensors = from_file(expanded(tensors))
     layers: dict[str, SavedLayer] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -120,12 +136,13 @@ def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:
         if delta.dim() != 2 or index.shape != delta.shape[1:]:
             raise AdapterError(f"{name}: {tuple(index.shape)} column numbers do not fit deltas of {tuple(delta.shape)}")
         if len(index.unique()) != len(index) or (index < 0).any():
-            raise AdapterError(f"{name}: column numbers must differ and not be negative, found {index.tolist()}")
+            raise AdapterError(f"{name}: column numbers must differ and not be negative, found {index[:99].tolist()}")
         order = index.argsort()
         if not torch.equal(order, torch.arange(len(order))):
             index, delta = index[order], delta[:, order].contiguous()
         alpha = ours.alpha_pattern.get(get_pattern_key(list(ours.alpha_pattern), name), ours.paca_alpha)
-        layers[name] = SavedLayer(index, delta, alpha / len(index))
+        rank = ours.rank_pattern.get(get_pattern_key(list(ours.rank_pattern), name), ours.r)
+        layers[name] = SavedLayer(index, delta, alpha / (rank if ours.masked else len(index)))
     if not layers:
         raise AdapterError("the adapter has no PaCA columns")
     return SavedAdapter(ours, layers, others)
@@ -137,7 +154,7 @@ def to_tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
     for name, layer in adapter.layers.items():
         tensors[f"{PREFIX}{name}{DELTA}"] = layer.delta.contiguous()
         tensors[f"{PREFIX}{name}{INDICES}"] = layer.index.contiguous()
-    return tensors
+    return to_file(tensors) if adapter.config.masked else tensors
 
 
 def write_adapter(config: PeftConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,7 @@ owns their deltas tells it before and after each of its steps, before the column
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,19 +104,37 @@ class Groups(_Parts):
 
 
 class Reselect(Schedule):
-    """Gives up the columns that moved least for others, drawn at random, every so many steps.
+    """Gives up the columns that moved least for others, drawn at random, every so many steps or at the end of an epoch.
 
     A quarter of the columns at a time. A new column starts clean: its delta and its optimizer state are zero; the one
     given up goes back to its pretrained value. Layers that share their columns go on sharing them.
+
+    Args:
+        adapter, seed: as for all.
+        every: so many steps, or None for an epoch's, which `steps_an_epoch` tells.
     """
 
-    def __init__(self, adapter: str, seed: int, every: int) -> None:
+    def __init__(self, adapter: str, seed: int, every: int | None) -> None:
         super().__init__(adapter, seed)
         self.every = every
+        self.by_epoch = every is None
+
+    def before_step(self, optimizer: Optimizer, layers: Sequence[PacaLayer]) -> None:
+        """See that it is known when to choose anew.
+
+        Raises:
+            RuntimeError: if nobody told how many steps an epoch has.
+        """
+        if self.every is None:
+            raise RuntimeError(
+                "reselect='epoch' needs to know how many optimizer steps an epoch has: `paca train` tells it, a "
+                "training loop of your own calls paca.schedule.steps_an_epoch(model, steps) before its first step"
+            )
 
     def after_step(self, optimizer: Optimizer, layers: Sequence[PacaLayer]) -> None:
         """Count, and choose anew when it is time."""
         super().after_step(optimizer, layers)
+        assert self.every is not None
         if self.step % self.every:
             return
         rows: dict[tuple[str, bytes], list[PacaLayer]] = {}
@@ -177,12 +195,29 @@ def go_to(model: nn.Module, step: int) -> None:
 
     `paca train` does it when it resumes; a training loop of your own calls it after loading a checkpoint.
     """
+    for schedule in _schedules(model):
+        schedule.step = step
+
+
+def steps_an_epoch(model: nn.Module, steps: int) -> None:
+    """Tell a model's schedules that go by epochs how many optimizer steps one has, at least 1.
+
+    Raises:
+        ValueError: if it is less.
+    """
+    if steps < 1:
+        raise ValueError(f"an epoch must have at least one optimizer step, found {steps}")
+    for schedule in _schedules(model):
+        if isinstance(schedule, Reselect) and schedule.by_epoch:
+            schedule.every = steps
+
+
+def _schedules(model: nn.Module) -> Iterator[Schedule]:
     from paca.layer import PacaLayer
 
     for module in model.modules():
         if isinstance(module, PacaLayer):
-            for schedule in module.schedules:
-                schedule.step = step
+            yield from module.schedules
 
 
 def schedules_of(config: PacaConfig, adapter: str) -> list[Schedule]:
@@ -194,7 +229,7 @@ def schedules_of(config: PacaConfig, adapter: str) -> list[Schedule]:
     if config.groups:
         made.append(Groups(adapter, seed, config.groups))
     if config.reselect:
-        made.append(Reselect(adapter, seed, config.reselect))
+        made.append(Reselect(adapter, seed, None if config.reselect == "epoch" else config.reselect))
     if config.group_lasso:
         made.append(GroupLasso(adapter, seed, config.group_lasso))
     return made

@@ -34,9 +34,15 @@ SELECTIONS = (
     "gradient_norm",
     "s2ft",
     "largest_change",
+    "mask_random",
+    "mask_magnitude",
+    "mask_gradient",
+    "mask_snip",
 )
-# These rank columns by a score that needs data: `paca.calibrate` measures it.
-MEASURED = ("activation_norm_large", "activation_norm_small", "gradient_norm")
+# These train single entries of the weights (`paca.masked`).
+MASKS = ("mask_random", "mask_magnitude", "mask_gradient", "mask_snip")
+# These rank columns or entries by a score that needs data: `paca.calibrate` measures it.
+MEASURED = ("activation_norm_large", "activation_norm_small", "gradient_norm", "mask_gradient", "mask_snip")
 
 
 def shared_name(module_name: str) -> str:

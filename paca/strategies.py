@@ -135,6 +135,12 @@ def write_index_copy(writes: Sequence[ColumnWrite]) -> None:
             write.weight.index_copy_(1, write.index, write.values())
 
 
+def write_scatter(writes: Sequence[ColumnWrite]) -> None:
+    """Write columns with `scatter_`, one call a weight, row by row."""
+    for write in writes:
+        write.weight.scatter_(1, write.index.expand(len(write.weight), -1), write.values())
+
+
 class Form(str, Enum):
     """How a layer with a quantised weight and trained columns makes its product."""
 

@@ -32,7 +32,7 @@ from paca.progress import use_readable_log
 from paca.quantising import recorded
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
-from paca.schedule import go_to
+from paca.schedule import go_to, steps_an_epoch
 from paca.trainer import exact, trainer_class, training_arguments_class
 
 Say = Callable[[str], None]
@@ -550,6 +550,7 @@ def _train(trainer: Any, start: Checkpoint | None) -> dict[str, Any]:
 
     backend = get_backend()
     backend.reset_peak_memory()
+    steps_an_epoch(trainer.model, _steps_of_an_epoch(trainer))
     if start is None or start.step < _last_step(trainer):
         go_to(trainer.model, start.step if start else 0)
         output = trainer.train(resume_from_checkpoint=str(start.path) if start else None)
@@ -567,9 +568,14 @@ def _last_step(trainer: Any) -> int:
     """How many optimizer steps the schedule has."""
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
+    return math.ceil(float(trainer.args.num_train_epochs) * _steps_of_an_epoch(trainer))
+
+
+def _steps_of_an_epoch(trainer: Any) -> int:
+    """How many optimizer steps take the Trainer through the data once."""
     batches = len(trainer.get_train_dataloader())
     steps: int = max(math.ceil(batches / trainer.args.gradient_accumulation_steps), 1)
-    return math.ceil(float(trainer.args.num_train_epochs) * steps)
+    return steps
 
 
 def _clear_the_way(recipe: Recipe, start: Checkpoint | None, say: Say) -> None:

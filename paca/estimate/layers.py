@@ -19,6 +19,7 @@ from paca.backend import Ops
 from paca.columns import version_of
 from paca.estimate.meter import Meter
 from paca.linear import PacaLinear
+from paca.masked import Layout, MaskedProduct
 from paca.quantised import QuantisedLinear
 from paca.strategies import Form, adapted_columns
 
@@ -156,6 +157,47 @@ class PacaStandIn(nn.Module):
         if key not in kept:
             kept[key] = plain_ops().gather(cast_x.detach(), index)
         return kept[key]
+
+
+class MaskStandIn(nn.Module):
+    """A linear with trained entries, as many as `r` columns have.
+
+    Args:
+        base_layer: a dense linear.
+        r: trained columns in number of entries.
+        dtype: of the GEMM.
+        swap: whether the entries are put in around each GEMM instead of living in the weight.
+    """
+
+    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype, swap: bool) -> None:
+        super().__init__()
+        self.base_layer, self.swap = base_layer, swap
+        out = base_layer.nf if isinstance(base_layer, Conv1D) else cast(nn.Linear, base_layer).out_features
+        self.paca_delta = nn.Parameter(torch.empty(1, r * out, dtype=torch.promote_types(dtype, torch.float32)))
+        self.register_buffer("paca_indices", torch.zeros(2, r * out, dtype=torch.int64))  # the adapter's, the weight's
+        self.register_buffer("base_columns", torch.empty(1, r * out, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x`, (…, in)."""
+        layer: Any = self.base_layer
+        rows, width = layer.weight.shape
+        index = cast(Tensor, self.paca_indices)[0]
+        base = self.base_columns if self.swap else None
+        layout = Layout((rows, width), isinstance(layer, Conv1D))
+        row = layer.weight.view(1, -1)
+        arguments = (
+            x.to(_gemm_dtype(x)),
+            row,
+            layer.bias,
+            self.paca_delta,
+            index,
+            1.0,
+            base,
+            None,
+            plain_ops(),
+            layout,
+        )
+        return cast(Tensor, MaskedProduct.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def _gemm_dtype(x: Tensor) -> torch.dtype:

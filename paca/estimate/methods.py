@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from paca.config import PacaConfig
-from paca.estimate.layers import FrozenLinear, PacaStandIn, qlora_layer
+from paca.estimate.layers import FrozenLinear, MaskStandIn, PacaStandIn, qlora_layer
 from paca.model import PacaModel, rank_of
 from paca.recipe import Recipe
 from paca.select import shared_name
@@ -88,7 +88,12 @@ def _with_columns(model: Any, targets: list[str], settings: PacaConfig, dtype: t
     for name, layer in layers.items():
         swap = settings.residency == "swap" or id(layer.weight) in tied
         drawn_as = shared_name(name) if settings.share_columns else name
-        stand_in = PacaStandIn(layer, rank_of(settings, name), drawn_as, dtype, swap)
+        rank = rank_of(settings, name)
+        stand_in: nn.Module = (
+            MaskStandIn(layer, rank, dtype, swap)
+            if settings.masked
+            else PacaStandIn(layer, rank, drawn_as, dtype, swap)
+        )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, stand_in)
         if layer.bias is not None and settings.bias != "none":

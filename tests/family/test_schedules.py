@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import paca
-from paca.schedule import Groups, Prefixes, go_to, state_of
+from paca.schedule import Groups, Prefixes, go_to, state_of, steps_an_epoch
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -185,6 +186,21 @@ def test_new_columns_start_clean_and_old_ones_go_back(make_optimizer: Any) -> No
             assert torch.equal(weight[:, untrained], was[:, untrained])
     shared = [layer for layer in tiny.layers_of(model) if layer.name.endswith(("0.mlp.gate_proj", "0.mlp.up_proj"))]
     assert torch.equal(shared[0].paca_indices["default"], shared[1].paca_indices["default"])
+
+
+def test_columns_are_chosen_anew_at_the_end_of_each_epoch() -> None:
+    model = tiny.adapted(tiny.llama(), reselect="epoch")
+    optimizer = OPTIMIZERS["AdamW"](parameters(model))
+    with pytest.raises(RuntimeError, match="how many optimizer steps an epoch has"):
+        step(model, optimizer)
+    steps_an_epoch(model, 3)
+    layer, chosen = tiny.layers_of(model)[0], []
+    for _ in range(7):
+        step(model, optimizer)
+        chosen.append(tuple(layer.paca_indices["default"].tolist()))
+    assert [one == two for one, two in pairwise(chosen)] == [True, False, True, True, False, True]
+    with pytest.raises(ValueError, match="at least 1, or 'epoch'; found 'week'"):
+        tiny.config(reselect="week")
 
 
 def test_the_columns_that_moved_least_are_given_up() -> None:
