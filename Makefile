@@ -21,7 +21,7 @@ LOCK := requirements/constraints.txt
 PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels lint format types build check-dist bench lock setup clean
+.PHONY: help demo test test-kernels test-quantisers test-gaudi lint format types build check-dist bench lock setup clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interp
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --backend cuda-interpreted tests/parity/test_every_backend.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
+
+test-quantisers: $(VENV)/.quantisers ## test on layers that HQQ and gptqmodel (GPTQ, AWQ) make, on the CPU
+	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -W ignore::ResourceWarning tests/quantised/test_hqq_gptq_awq.py $(ARGS)
 
 test-gaudi: $(VENV)/.installed ## run the real GaudiTrainer on a stand-in and on an emulated device, in an environment of its own
 	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh "$(VENV)"
@@ -84,6 +87,13 @@ $(VENV)/.installed: $(VENV)/torch.txt pyproject.toml paca/_version.py $(LOCK)
 # torchao is not among the other packages because transformers imports it wherever it finds it, and it then has much to say.
 $(VENV)/.quant: $(VENV)/.installed
 	@$(PIP_INSTALL) -c $(VENV)/torch.txt -c $(LOCK) -e '.[quant]'
+	@touch $@
+
+# Built for no GPU, and not constrained: build backends that they pin would clash with ours.
+$(VENV)/.quantisers: $(VENV)/.installed requirements/quantisers.txt
+	@echo "Installing HQQ and gptqmodel (20 MB)"
+	@rm -rf $(VENV)/quantisers
+	@DISABLE_CUDA=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/quantisers -r requirements/quantisers.txt
 	@touch $@
 
 $(VENV)/.quickstart: $(VENV)/.installed requirements/quickstart.txt

@@ -20,6 +20,7 @@ stage "Lint" make --no-print-directory lint
 stage "Types" make --no-print-directory types
 stage "Distribution" make --no-print-directory check-dist
 stage "Tests" make --no-print-directory test
+stage "Other quantisers" make --no-print-directory test-quantisers
 stage "Gaudi without a Gaudi" make --no-print-directory test-gaudi
 stage "Kernels" make --no-print-directory test-kernels
 printf '\n==> All stages passed in %d s\n' "$SECONDS"

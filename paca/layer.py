@@ -419,6 +419,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             merged = adapted_columns(self.base_columns(name), self.paca_delta[name].detach(), self.scaling[name])
             if not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if names and isinstance(self.adapted, QuantisedWeight):
+            self.adapted.check_can_merge()
         if names:
             self.merged_adapters = [*self.merged_adapters, *names]
             self._write_merged()

@@ -20,9 +20,10 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from paca import freshness, s2ft
 from paca.columns import why_not_resident
@@ -35,7 +36,15 @@ from paca.masked import MaskedLinear
 from paca.mixing import mixed_batch
 from paca.original import start_from_checkpoint
 from paca.permutation import copermute
-from paca.quantised import forget_quantisation, has_quantised_layers, is_noted_quantised, library_of
+from paca.quantised import (
+    QuantisedWeight,
+    base_weight,
+    forget_quantisation,
+    has_quantised_layers,
+    is_noted_quantised,
+    is_of_own_class,
+    library_of,
+)
 from paca.registry import get_backend
 from paca.schedule import schedules_of
 from paca.select import MEASURED, best_columns, checked_columns, random_columns, shared_name, weight_norms
@@ -70,6 +79,8 @@ class PacaModel(BaseTuner):
         """Add an adapter to the model, after checking that all of it can be added."""
         known_tensors = kwargs.get("state_dict")
         config = settings(self.peft_config[adapter_name])
+        given: Any = self.peft_config[adapter_name]
+        given.target_modules = config.target_modules = _targets_asked(config, model)
         if config.selection == "s2ft" and config.columns is None:
             config = self._structured(model, config)
             self.peft_config[adapter_name] = config
@@ -141,7 +152,7 @@ class PacaModel(BaseTuner):
             if usual is None:
                 raise ValueError("Please specify `target_modules` in `peft_config`")
             probe.target_modules = usual
-        probe = _maybe_include_all_linear_layers(probe, model)
+        probe.target_modules = _targets_asked(probe, model)
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         found = {}
         for name, module in model.named_modules():
@@ -297,7 +308,7 @@ class PacaModel(BaseTuner):
                 yield sibling.pretrained_weight()
             elif isinstance(sibling, nn.Linear) and sibling.in_features == layer.in_features:
                 library = library_of(sibling)
-                yield sibling.weight if library is None else library.get_base_weight(sibling)
+                yield sibling.weight if library is None else base_weight(sibling, library)
 
     def _report_residency(self, config: PacaConfig, adapter_name: str) -> None:
         """Print where the columns live; one line, louder if something cannot be resident."""
@@ -428,6 +439,13 @@ class PacaModel(BaseTuner):
 
     # ------------------------------------------------------------------ leaving and saving
 
+    def _check_merge_allowed(self) -> None:
+        """Refuse before any layer is merged what the last of them could not do."""
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in self._adapted_layers():
+            if isinstance(layer.adapted, QuantisedWeight):
+                layer.adapted.check_can_merge()
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Take the adapters off.
 
@@ -490,6 +508,24 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 def _memory(weight: Tensor) -> int:
     """Identify the memory that a weight is in, which tied weights share; a weight without values by itself."""
     return id(weight) if weight.is_meta else weight.data_ptr() or id(weight)
+
+
+def _targets_asked(config: PacaConfig, model: nn.Module) -> Any:
+    """Return `target_modules`, with names for "all-linear".
+
+    PEFT's own reading of it knows torch's and transformers' classes, and leaves out those of HQQ and gptqmodel.
+    """
+    asked = config.target_modules
+    if not isinstance(asked, str) or asked.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return asked
+    torchs_own: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return torchs_own.target_modules | {
+        name
+        for name, module in model.named_modules()
+        if is_of_own_class(module) and module is not output and not name.startswith(inside)
+    }
 
 
 def _matches(config: Any, name: str) -> bool:

@@ -24,6 +24,7 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from paca.backend import Ops
@@ -33,6 +34,8 @@ from paca.strategies import Form, adapted_columns
 
 # Of each stored tensor as many blocks of as many bytes, evenly spaced, go into the fingerprint of a quantised base.
 SAMPLED_BLOCKS, BYTES_PER_BLOCK = 64, 64
+# Rows of the identity that a weight is multiplied by at a time, where its library does not dequantise.
+CHANNELS_AT_A_TIME = 1024
 
 
 def library_of(layer: nn.Module) -> QuantizationBackend | None:
@@ -44,8 +47,36 @@ def library_of(layer: nn.Module) -> QuantizationBackend | None:
     return resolve_quantization_backend(layer, get_apply_tensor_subclass=_no_torchao_config)
 
 
+def is_of_own_class(layer: nn.Module) -> bool:
+    """Whether a layer is a quantised linear whose class is no kind of torch's, as those of HQQ and gptqmodel are."""
+    return hasattr(layer, "in_features") and not isinstance(layer, nn.Linear) and library_of(layer) is not None
+
+
 def _no_torchao_config() -> Any:
     raise NotImplementedError("torchao does not record how a weight was quantised, so it cannot be done again")
+
+
+def base_weight(layer: nn.Module, library: QuantizationBackend) -> Tensor:
+    """Return a quantised layer's weight as a matrix of its own, (out, in), in a dtype of the library's choice."""
+    weight: Any = getattr(layer, "weight", None)
+    if library.backend_name == "torchao" and type(weight).dequantize is Tensor.dequantize:
+        return _by_products(weight)
+    found: Tensor = library.get_base_weight(layer)
+    return found
+
+
+@torch.no_grad()
+def _by_products(weight: Tensor) -> Tensor:
+    """Return what multiplies, (out, in), of a type that can do nothing else, as torchao's packed int4 ones.
+
+    Products with the rows of the identity: each is a sum with one non-zero term, so nothing is rounded.
+    """
+    rows, inputs = weight.shape
+    dense = torch.empty(rows, inputs, dtype=weight.dtype, device=weight.device)
+    for first in range(0, inputs, CHANNELS_AT_A_TIME):
+        some = torch.arange(first, min(first + CHANNELS_AT_A_TIME, inputs), device=weight.device)
+        dense[:, some] = F.linear(F.one_hot(some, inputs).to(weight.dtype), weight).t()
+    return dense
 
 
 class QuantisedWeight(AdaptedWeight):
@@ -96,6 +127,8 @@ class QuantisedWeight(AdaptedWeight):
         state = getattr(self.parameter, "quant_state", None)
         if state is not None:
             return str(state.quant_type)
+        if methods := getattr(self.layer, "SUPPORTS_METHODS", None):  # gptqmodel's; PEFT takes its AWQ layers for GPTQ
+            return str(methods[0].value)
         return {"bnb 8bit": "int8", "torchao": type(self.parameter).__name__}.get(
             self.library.backend_name, self.library.backend_name
         )
@@ -123,8 +156,7 @@ class QuantisedWeight(AdaptedWeight):
         """Return the weight as a matrix of its own, (out, in)."""
         state = getattr(self.parameter, "quant_state", None)
         if state is None:
-            found: Tensor = self.library.get_base_weight(self.layer)
-            return found.to(dtype)
+            return base_weight(self.layer, self.library).to(dtype)
         from bitsandbytes.functional import dequantize_4bit
 
         self._unpack()
@@ -150,17 +182,25 @@ class QuantisedWeight(AdaptedWeight):
         """How many columns the weight has."""
         return int(self.layer.in_features)  # type: ignore[arg-type]
 
-    def dense(self, adapters: Sequence[Adapter]) -> nn.Linear:
-        """Return an ordinary layer with the dequantised weight, and the adapters' columns in it exactly.
+    def check_can_merge(self) -> None:
+        """Refuse a format whose library cannot dequantise.
 
         Raises:
-            TypeError: if the library cannot dequantise.
+            TypeError: saying what can be done instead.
         """
         if not self.can_dequantise:
             raise TypeError(
                 f"{self.name}: {self.format} weights cannot be dequantised, so nothing can be merged into them; keep "
                 "the adapter beside the base, or export it with paca.convert_to_lora"
             )
+
+    def dense(self, adapters: Sequence[Adapter]) -> nn.Linear:
+        """Return an ordinary layer with the dequantised weight, and the adapters' columns in it exactly.
+
+        Raises:
+            TypeError: if the library cannot dequantise.
+        """
+        self.check_can_merge()
         columns = ColumnSet(adapters) if adapters else None
         weight = self.matrix
         if columns is not None:
@@ -203,12 +243,16 @@ class QuantisedWeight(AdaptedWeight):
             own: Any = self.layer
             yield weight.data
             yield own.state.SCB if own.state.SCB is not None else own.weight.SCB
+        elif self.format == "hqq":
+            meta: Any = self.layer.meta
+            yield from (self.parameter, meta["scale"], meta["zero"])
         elif hasattr(weight, "__tensor_flatten__"):
             for name in weight.__tensor_flatten__()[0]:
                 yield getattr(weight, name)
         else:
-            named = chain(self.layer.named_parameters(), self.layer.named_buffers())
-            yield from (tensor for name, tensor in named if name != "bias")
+            # Not the scales: AWQ's layers cast theirs to the dtype of the input.
+            stored = chain(self.layer.parameters(), self.layer.buffers())
+            yield from (tensor for tensor in stored if not tensor.is_floating_point())
 
     # ------------------------------------------------------------------ what AdaptedWeight does for written weights
 
@@ -264,6 +308,13 @@ class QuantisedWeight(AdaptedWeight):
         y: Tensor
         if not self.can_dequantise:
             y = self.layer(x)
+            if trains and x.requires_grad and not y.requires_grad:
+                raise RuntimeError(
+                    f"{self.name}: the kernel that this {self.format} layer has settled on gives no gradient, so "
+                    "layers before it would not train. gptqmodel's choice lasts from the first use: load the base anew "
+                    "and train before you evaluate, or load it with a kernel for both: "
+                    "GPTQConfig(bits=…, backend='gptq_torch')"
+                )
             y = y + ColumnsAlone.apply(x, xs, delta, columns.index, scale, self.ops).to(y.dtype)  # type: ignore[no-untyped-call]
             return y
         given = x if form is Form.SPLIT else cast_x  # the library casts as it likes

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend, get_quantization_kwargs
 from torch import Tensor, nn
 
 from paca.layer import PacaLayer
@@ -30,22 +31,22 @@ class Moved:
         return cls(difference.abs().mean().item(), difference.abs().max().item(), (difference.norm() / update).item())
 
 
-def requantised(weight: QuantisedWeight, dense: nn.Linear, index: Tensor) -> tuple[nn.Module, Moved]:
+def requantised(
+    weight: QuantisedWeight, library: QuantizationBackend, dense: nn.Linear, index: Tensor
+) -> tuple[nn.Module, Moved]:
     """Quantise a merged layer as its base was.
 
     Args:
         weight: the quantised weight that the adapter was trained on.
+        library: PEFT's access to its library, which knows how it was quantised.
         dense: the layer with the trained columns.
         index: (u,) int64, those columns.
 
     Returns:
         The quantised layer, and how far that moved its trained columns.
-
-    Raises:
-        NotImplementedError: if the library cannot do it.
     """
     holder = _Holder(copy.deepcopy(weight.layer))
-    weight.library.set_base_weight(holder, dense.weight.data.clone())
+    library.set_base_weight(holder, dense.weight.data.clone())
     again = QuantisedWeight(holder.base_layer, weight.name, weight.ops, weight.library, weight.dtype)
     columns = (w.index_select(1, index) for w in (weight.matrix, dense.weight, again.matrix))
     return holder.base_layer, Moved.measure(*columns)
@@ -74,13 +75,15 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
         The base model, quantised, with the adapters in it; and by layer how far its trained columns were moved.
 
     Raises:
-        ValueError: if no adapted layer is quantised.
+        ValueError: if no adapted layer is quantised, or it is not known how.
+        TypeError: if a format cannot be dequantised.
     """
     weights = {m.name: m.adapted for m in model.modules() if isinstance(m, PacaLayer)}
     quantised = {name: weight for name, weight in weights.items() if isinstance(weight, QuantisedWeight)}
     if not quantised:
         raise ValueError("no adapted layer is quantised; merge_and_unload() merges without loss")
     base = model.get_base_model()
+    libraries = {name: _requantising(weight, base) for name, weight in quantised.items()}
     notes = {note: vars(base)[note] for note in _NOTES if note in vars(base)}
     configured = getattr(base.config, "quantization_config", None)
     merged: Any = model.merge_and_unload(safe_merge=True)
@@ -88,7 +91,7 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
     for name, weight in quantised.items():
         if weight.chosen is None:
             continue
-        layer, moved[name] = requantised(weight, merged.get_submodule(name), weight.chosen.index)
+        layer, moved[name] = requantised(weight, libraries[name], merged.get_submodule(name), weight.chosen.index)
         merged.set_submodule(name, layer)
     merged.config.quantization_config = configured
     vars(merged).update(notes)
@@ -99,6 +102,18 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
         stacklevel=2,
     )
     return merged, moved
+
+
+def _requantising(weight: QuantisedWeight, base: nn.Module) -> QuantizationBackend:
+    """Return access to a weight's library that can quantise again; torchao's settings are with the model alone."""
+    if not isinstance(weight.library, TorchaoBackend):
+        return weight.library
+    if not (settings := get_quantization_kwargs(base)):
+        raise ValueError(
+            f"{weight.name} was quantised by torchao, which does not record how, and the model was not loaded with a "
+            "TorchAoConfig that would tell; merge with merge_and_unload() and quantise the result"
+        )
+    return TorchaoBackend(**settings)
 
 
 # Where transformers notes that a model is quantised, beside its config.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-FORMATS = ["nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-float8"]
+FORMATS = ["nf4", "nf4-double", "fp4", "int8", "torchao-int8", "torchao-float8", "torchao-int4", "torchao-intx4"]
 LIBRARY = {"torchao": "torchao"}
 
 
@@ -31,6 +31,15 @@ def quantisation(name: str) -> BitsAndBytesConfig | TorchAoConfig:
         from torchao.quantization import Float8WeightOnlyConfig
 
         return TorchAoConfig(Float8WeightOnlyConfig())
+    if name == "torchao-int4":  # packed, and multiplied by a kernel of the CPU; there is no dequantising it
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+    if name == "torchao-intx4":
+        from torchao.quantization import IntxWeightOnlyConfig
+        from torchao.quantization.granularity import PerGroup
+
+        return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
     kind, _, double = name.partition("-")
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -86,7 +86,7 @@ def test_switching_off_gives_the_base_s_own_bits(quantised, name):
 
 
 @pytest.mark.parametrize("form", ["overlay", "split"])
-@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8", "torchao-int4"])
 def test_gradients_meet_the_float64_oracle_on_the_dequantised_weight(quantised, name, form):
     """|error| ≤ γ_n·Σ|terms| per element (Higham, Accuracy and Stability, §3.5), n = the number of terms."""
     with paca.use_backend("cpu", quantised=form):
@@ -116,7 +116,7 @@ def test_gradients_meet_the_float64_oracle_on_the_dequantised_weight(quantised, 
         assert within(y.detach().reshape_as(gy64), x64 @ weight.t(), x64.abs() @ weight.abs().t(), layer.in_features)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8", "torchao-int4"])
 @pytest.mark.parametrize("form", ["exact", "overlay", "split"])
 def test_only_r_channels_are_kept_for_backward(quantised, name, form):
     """LoRA keeps the whole input; so does bitsandbytes' own int8 product."""
@@ -341,12 +341,29 @@ def test_a_forward_only_format_trains_by_the_split_form(sealed_model):
 
 def test_merging_into_a_forward_only_format_is_refused_with_what_to_do(sealed_model):
     model = peft.get_peft_model(sealed_model, paca.PacaConfig(r=3, target_modules=["0", "2"]))
+    x = torch.randn(5, 12)
+    for layer in layers(model):
+        nn.init.normal_(layer.paca_delta["default"])
+    before = model(x)
     with pytest.raises(TypeError, match=r"gptq weights cannot be dequantised.*convert_to_lora"):
         model.merge_adapter()
+    with pytest.raises(TypeError, match=r"gptq weights cannot be dequantised"):
+        layers(model)[0].merge()
+    assert torch.equal(model(x), before)
 
 
-def test_requantising_is_measured_and_warned_about(quantised):
-    model = adapted(quantised("nf4"))
+def test_a_merge_that_one_layer_cannot_do_changes_none(sealed_model):
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 12), sealed_model[0]), paca.PacaConfig(r=3, target_modules=["0", "1"])
+    )
+    with pytest.raises(TypeError, match=r"1: gptq weights cannot be dequantised"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers(model))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_requantising_is_measured_and_warned_about(quantised, name):
+    model = adapted(quantised(name))
     trained(model)
     names = {layer.name for layer in layers(model)}
     with pytest.warns(UserWarning, match="re-quantising moved"):
@@ -355,6 +372,14 @@ def test_requantising_is_measured_and_warned_about(quantised):
     assert all(0 < layer.mean <= layer.largest and layer.of_update > 0 for layer in moved.values())
     assert all(library_of(merged.get_submodule(name)) is not None for name in names)
     assert merged.config.quantization_config is not None
+
+
+def test_requantising_what_does_not_tell_its_settings_is_refused_before_anything_is_taken_apart(quantised):
+    model = adapted(quantised("torchao-int8"))
+    del model.get_base_model().hf_quantizer
+    with pytest.raises(ValueError, match=r"torchao, which does not record how.*merge_and_unload"):
+        paca.merge_requantised(model)
+    assert len(layers(model)) == 14
 
 
 def test_a_quantised_weight_survives_deepcopy_and_state_dict(quantised):
@@ -402,7 +427,8 @@ def test_gradient_checkpointing_changes_no_gradient(quantised, name, reentrant):
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# torchao's packed int4 takes inputs of the dtype that was quantised only, with or without an adapter
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "torchao-int4"])
 def test_autocast_keeps_identity_and_trains(quantised, name):
     base = quantised(name)
     with torch.autocast("cpu", torch.bfloat16):
