@@ -61,12 +61,15 @@ class ColumnSet:
         index: (u,) int64, the sorted union of their columns.
         key: equal for equal `index`, cheap to compare.
         first: of columns that lie side by side; None if they do not.
+        slices: the runs of neighbours if channels are to be gathered by slices, else None. Compiled code looks at
+            nothing else of these: layers that only differ in which columns they train share one graph.
 
     Args:
         adapters: at least one.
+        runs_to_slice: as in `Ops`.
     """
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], runs_to_slice: int | None = 0) -> None:
         indices = [adapter.index for adapter in adapters]
         self._made_of = [(adapter.name, adapter.index, version_of(adapter.index)) for adapter in adapters]
         one = len(indices) == 1
@@ -77,6 +80,9 @@ class ColumnSet:
         self.key = numbers.numpy().tobytes()
         self._numbers = numbers
         self.first = int(numbers[0]) if int(numbers[-1] - numbers[0]) + 1 == len(numbers) else None
+        one_run, few = self.first is not None, runs_to_slice
+        sliced = few is None or (one_run and few > 0) or (few > 1 and len(self.runs) <= few)
+        self.slices = self.runs if sliced else None
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -125,10 +131,13 @@ class Columns(ColumnSet):
     Args:
         adapters: at least one.
         pretrained: gives the pretrained columns of an index, (out, len(index)), as a tensor of their own.
+        runs_to_slice: as in `Ops`.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], pretrained: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(adapters)
+    def __init__(
+        self, adapters: Sequence[Adapter], pretrained: Callable[[Tensor], Tensor], runs_to_slice: int | None
+    ) -> None:
+        super().__init__(adapters, runs_to_slice)
         with torch.inference_mode(False):
             self.base = pretrained(self.index)
         self.ops: Ops | None = None
@@ -251,7 +260,7 @@ class AdaptedWeight:
             self.restore()
             return self.matrix.detach().index_select(1, index)
 
-        self.columns = Columns(adapters, pretrained)
+        self.columns = Columns(adapters, pretrained, self.ops.runs_to_slice)
         self._copy_frozen()
 
     def _copy_frozen(self) -> None:

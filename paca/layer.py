@@ -236,7 +236,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Apply the layer, and train one group of the columns that the weight holds: only its channels are kept."""
         key = columns.key + f"{group.start}:{group.stop}".encode()
         if key not in self._parts:
-            self._parts[key] = ColumnSet([replace(adapter, index=columns.index[group].clone())])
+            part = replace(adapter, index=columns.index[group].clone())
+            self._parts[key] = ColumnSet([part], self.adapted.ops.runs_to_slice)
         part = self._parts[key]
         return PacaLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             cast_x,
@@ -318,10 +319,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         return slices[key]
 
     def _gather(self, x: Tensor, columns: ColumnSet) -> Tensor:
-        ops = self.adapted.ops
-        if ops.runs_to_slice is None or len(columns.runs) <= ops.runs_to_slice:
-            return gather_slices(x, columns.runs)
-        return ops.gather(x, columns.index)
+        if columns.slices is not None:
+            return gather_slices(x, columns.slices)
+        return self.adapted.ops.gather(x, columns.index)
 
     # ------------------------------------------------------------------ what the weight holds
 

@@ -259,7 +259,7 @@ class QuantisedWeight(AdaptedWeight):
     def plan(self, adapters: Sequence[Adapter]) -> None:
         """Note which columns train; nothing of the weight is kept."""
         if self._chosen is None or not self._chosen.covers(adapters, self.parameter):
-            self._chosen = ColumnSet(adapters)
+            self._chosen = ColumnSet(adapters, self.ops.runs_to_slice)
 
     def check(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> None:
         """Nothing is held, so nothing can be stale."""

@@ -28,11 +28,12 @@ def make_model(**config):
     llama = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=64,
         attn_implementation="sdpa",
+        use_cache=False,  # a cache makes each block another one
     )
     return get_peft_model(
         LlamaForCausalLM(llama), paca.PacaConfig(r=4, paca_alpha=8, target_modules="all-linear", **config)
@@ -68,7 +69,9 @@ def test_decoder_blocks_compile_whole_and_once_and_train_as_eager_does(residency
     losses = train(model)
     assert torch.allclose(losses, expected, rtol=1e-6, atol=1e-6)
     assert losses[-1] < losses[0] - 0.05  # later steps saw what earlier ones wrote
-    assert counter.frame_count <= 2  # one graph a block, none for later steps
+    # The first block's input needs no gradient; all others share a graph, though their columns differ. Later steps need
+    # none.
+    assert counter.frame_count == 2
 
 
 def test_inductor_trains_as_eager_does():

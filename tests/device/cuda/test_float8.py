@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import adapted, layers_of, llama, perturb, recompute, tokens, train
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import paca
 from paca import registry
@@ -294,6 +295,21 @@ def test_it_compiles_in_one_graph(place):
         y.backward(gy)
         for a, b in zip((y, x_again.grad, layer.paca_delta["default"].grad), expected, strict=True):
             assert torch.allclose(a.float(), b.float(), rtol=2.0**-7, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_compiled_blocks_share_a_graph(place, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(registry, "_current", CUDABackend(gemm="fp8", **PLAIN))
+    model = adapted(llama(torch.bfloat16, use_cache=False, num_hidden_layers=3).to(place)).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.base_model.model.model.layers:
+        block.compile(fullgraph=True, backend=counter)
+    losses = train_on(place, model)
+    assert losses[-1] < losses[0]
+    assert counter.frame_count == 2  # the first block's input needs no gradient
 
 
 def test_the_choice_is_visible_and_what_excludes_it_is_refused(monkeypatch):
