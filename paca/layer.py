@@ -236,8 +236,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         """Apply the layer, and train one group of the columns that the weight holds: only its channels are kept."""
         key = columns.key + f"{group.start}:{group.stop}".encode()
         if key not in self._parts:
-            part = replace(adapter, index=columns.index[group].clone())
-            self._parts[key] = ColumnSet([part], self.adapted.ops.runs_to_slice)
+            grouped = replace(adapter, index=columns.index[group].clone())
+            self._parts[key] = ColumnSet([grouped], self.adapted.ops.runs_to_slice)
         part = self._parts[key]
         return PacaLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             cast_x,

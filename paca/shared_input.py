@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("paca")
 
+# So often in a row outputs may be left behind, as by a forward that runs out of memory, until layers run alone.
+LEFT_BEHIND = 2
 # What an activation remembers: its version and, by the layer's id, an output that is waiting to be collected.
 _Waiting = tuple[object, dict[int, tuple[object, Tensor]]]
 
@@ -41,6 +43,7 @@ class SharedInput:
         self.layers = tuple(layers)
         self.together = True  # until they turn out to read different tensors
         self._uncollected: set[int] = set()
+        self._left_behind = 0  # how often in a row outputs were not collected
         self._cat: tuple[object, Tensor] | None = None
 
     def output(self, layer: PacaLayer, x: Tensor, cast_x: Tensor) -> Tensor | None:
@@ -58,11 +61,16 @@ class SharedInput:
         if then == now and id(layer) in waiting:
             key, y = waiting.pop(id(layer))
             self._uncollected.discard(id(layer))
+            if not self._uncollected:
+                self._left_behind = 0
             return y if key == layer.adapted.held.key else None
-        if self._uncollected:  # of an earlier tensor: somebody read another one
-            self.together = False
-            logger.info("paca: %s does not read the same tensor as its neighbours, so each runs alone", layer.name)
-            return None
+        if self._uncollected:  # of an earlier tensor: somebody read another one, or a forward ended in an error
+            self._uncollected = set()
+            self._left_behind += 1
+            if self._left_behind >= LEFT_BEHIND:
+                self.together = False
+                logger.info("paca: %s does not read the same tensor as its neighbours, so each runs alone", layer.name)
+                return None
         if not self._can_run(cast_x):
             return None
         outputs = self._run(cast_x)

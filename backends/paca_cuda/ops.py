@@ -141,8 +141,14 @@ class Tiling:
         possible = max(1, tokens // (4 * self.tokens))
         return 1 << (min(wanted, possible, 64).bit_length() - 1)
 
+    def shared_bytes(self, r: int, element_size: int) -> int:
+        """Return the shared memory that the blocks on their way take, at most."""
+        return self.stages * self.tokens * (self.out + max(16, power_of_two(r))) * element_size
+
 
 DEFAULT_TILING = Tiling(out=64, tokens=64, programs=512, warps=4, stages=3)
+SMALL_TILING = Tiling(out=64, tokens=32, programs=512, warps=4, stages=2)
+SHARED_BYTES = 99 * 1024  # of a program, on the supported devices that have least (8.6, 8.9)
 TILINGS = (
     DEFAULT_TILING,
     Tiling(out=64, tokens=64, programs=256, warps=4, stages=4),
@@ -153,6 +159,11 @@ TILINGS = (
     Tiling(out=64, tokens=32, programs=1024, warps=4, stages=5),
 )
 CUBLAS = "cublas"
+
+
+def safe_tiling(r: int, element_size: int) -> Tiling:
+    """Return a tiling that every supported device can run."""
+    return DEFAULT_TILING if DEFAULT_TILING.shared_bytes(r, element_size) <= SHARED_BYTES else SMALL_TILING
 
 
 def mm_float32(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
@@ -177,7 +188,8 @@ def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Te
         return mm_float32(gy, xs, scale)
     if xs.dtype != gy.dtype:
         xs = xs.to(gy.dtype)
-    ways: dict[str, Tiling | None] = names_of(TILINGS) if only_triton else {CUBLAS: None, **names_of(TILINGS)}
+    tilings = names_of([*TILINGS, safe_tiling(r, gy.element_size())])
+    ways: dict[str, Tiling | None] = tilings if only_triton else {CUBLAS: None, **tilings}
 
     def run(name: str) -> Tensor:
         tiling = ways[name]
@@ -189,8 +201,9 @@ def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Te
 
 def _chosen_way(gy: Tensor, xs: Tensor, ways: dict[str, Tiling | None], run: Callable[[str], Any]) -> str:
     """Return the fastest way for this problem; the default one where nothing can be timed."""
+    untimed = str(safe_tiling(xs.shape[1], gy.element_size()))
     if not gy.is_cuda or torch.are_deterministic_algorithms_enabled():  # times differ from run to run
-        return str(DEFAULT_TILING)
+        return untimed
     contiguous = f"{'' if gy.is_contiguous() else ' strided'}"
     problem = (
         f"grad_columns {str(gy.dtype).removeprefix('torch.')} tokens≤{bucket(len(gy))} out={gy.shape[1]} "
@@ -199,8 +212,11 @@ def _chosen_way(gy: Tensor, xs: Tensor, ways: dict[str, Tiling | None], run: Cal
     tuner = _tuner(gy.device.index)
     if torch.cuda.is_current_stream_capturing():
         known = tuner.known(problem)
-        return known if known in ways else str(DEFAULT_TILING)
-    return tuner.choose(problem, {name: lambda name=name: run(name) for name in ways})  # type: ignore[misc]
+        return known if known in ways else untimed
+    try:
+        return tuner.choose(problem, {name: lambda name=name: run(name) for name in ways})  # type: ignore[misc]
+    except torch.OutOfMemoryError:  # measuring takes memory of its own; a later call may find it
+        return untimed
 
 
 @lru_cache
@@ -225,7 +241,6 @@ def tiled_grad_columns(gy: Tensor, xs: Tensor, scale: float, tiling: Tiling) -> 
     blocks = -(-n_out // tiling.out)
     grad = gy.new_empty(n_out, r, dtype=torch.float32)
     partial = grad if split == 1 else gy.new_empty(split, n_out, r, dtype=torch.float32)
-    exact = gy.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     kernels.grad_columns_kernel[(blocks, split)](
         gy,
         xs,
@@ -243,12 +258,21 @@ def tiled_grad_columns(gy: Tensor, xs: Tensor, scale: float, tiling: Tiling) -> 
         BLOCK_TOKENS=tiling.tokens,
         R=max(16, power_of_two(r)),
         SPLIT=split,
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION="tf32" if gy.dtype == torch.float32 and takes_tf32() else "ieee",
         WIDEN=interpreted(),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
     return grad
+
+
+def takes_tf32() -> bool:
+    """Whether float32 products may be rounded to TF32, as torch is set for cuBLAS.
+
+    Read from the newer of torch's two settings, which follows the older one; asking the older one fails where a program
+    uses the newer.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 logger = logging.getLogger("paca")
 
 FORMAT = 1  # of the file; another number, and it is measured anew
@@ -47,6 +49,7 @@ class Tuner:
 
         Raises:
             RuntimeError: if all of them fail, from the last failure.
+            torch.OutOfMemoryError: if there is no memory to measure in; nothing is remembered then.
         """
         known = self._chosen.get(problem)
         if known is not None and known in candidates:
@@ -57,6 +60,8 @@ class Tuner:
             try:
                 run()  # compiles
                 times[name] = self._time(run)
+            except torch.OutOfMemoryError:  # says nothing of the candidate
+                raise
             except Exception as error:
                 failure = error
                 logger.debug("paca: %s: %s cannot run: %s", problem, name, error)

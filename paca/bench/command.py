@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   paca bench --methods paca-r16,lora-r16 --rounds 30
   paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
   paca bench --suite gpu --out gpu                  everything about GPUs in docs/benchmarks.md; --dry-run lists it
+  paca bench --suite gpu --out gpu --minutes 9      as much of it as fits; the same command goes on where it stopped
   paca bench --suite switch                         what a switch of adapters costs
   paca bench --report cpu.json --markdown           its tables again, for a document
 
@@ -174,6 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         "--caps", metavar="GB,…", default="24,48,80", help="for limits: memory to fit in; default 24,48,80"
     )
     what.add_argument("--dry-run", action="store_true", help="with --suite gpu: list the runs and do none")
+    what.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="with --suite gpu: stop after so long; the same command goes on later",
+    )
     what.add_argument("--only", metavar="A,B,…", help="with --suite gpu: runs whose names contain one of these words")
     how = parser.add_argument_group("how")
     how.add_argument("--strategies", metavar="KIND=NAME,…", default="", help="of the backend, e.g. graph=cuda_graph")
@@ -290,6 +297,9 @@ def _run_plan(given: argparse.Namespace, arguments: list[str]) -> int:
 
     if given.methods is not None:
         raise ValueError(f"--suite {given.suite} has its own methods; leave --methods out")
+    if given.minutes is not None and not given.minutes > 0:
+        raise ValueError(f"--minutes takes a positive number, found {given.minutes}")
+    _caps(given.caps)
     folder = given.out or Path(f"paca-bench-{given.suite}")
     sizes = {size.name: getattr(given, size.name) for size in fields(Shape) if getattr(given, size.name) is not None}
     runs = plan.gpu(
@@ -301,7 +311,8 @@ def _run_plan(given: argparse.Namespace, arguments: list[str]) -> int:
         backend=given.backend or "cuda",
         only=given.only.split(",") if given.only else [],
     )
-    return plan.run(runs, folder, dry=given.dry_run)
+    seconds = None if given.minutes is None else 60 * given.minutes
+    return plan.run(runs, folder, dry=given.dry_run, seconds=seconds)
 
 
 def _report(given: argparse.Namespace) -> int:

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 TIMED_STEPS = 5
 _SEARCH_UP_TO = 1 << 20
+PRECISION = 32  # the search ends when it knows the size to one part in so many
 
 
 def largest_that_fits(fits: Callable[[int], bool], step: int) -> int:
-    """Return the largest multiple of `step` that fits, 0 if none does; what is smaller than one that fits, fits.
+    """Return a multiple of `step` that fits, the largest or at most a part in `PRECISION` below it; 0 if none does.
+
+    What is smaller than one that fits, fits.
 
     >>> largest_that_fits(lambda size: size <= 1000, 64)
     960
@@ -33,7 +36,7 @@ def largest_that_fits(fits: Callable[[int], bool], step: int) -> int:
     good, bad = 0, 1
     while bad * step <= _SEARCH_UP_TO and fits(bad * step):
         good, bad = bad, bad * 2
-    while bad - good > 1 and good:
+    while bad - good > max(1, good // PRECISION) and good:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle * step) else (good, middle)
     return good * step
@@ -71,7 +74,7 @@ def measure_limit(method: str, shape: Shape, dtype: str, backend: str, seed: int
 
 
 def search(build: Callable[[], Contestant], shape: Shape, cap: int) -> Limit:
-    """Find the longest sequence and the largest batch that train two steps, and time that batch.
+    """Find the longest sequence and the largest batch that train, and time that batch.
 
     Args:
         build: makes the contestant; called once.
@@ -85,13 +88,17 @@ def search(build: Callable[[], Contestant], shape: Shape, cap: int) -> Limit:
     except torch.OutOfMemoryError:  # the weights alone are too much
         return Limit(cap, 0, 0, 0.0)
     backend = contestant.backend
+    has_state = False
 
     def trains(sized: Shape) -> bool:
+        nonlocal has_state
         backend.reset_peak_memory()
         try:
             contestant.resize(sized)
-            for _ in range(2):
+            # The second step finds the optimizer's state in place, which the first one makes; later sizes have it.
+            for _ in range(1 if has_state else 2):
                 contestant.step()
+            has_state = True
         except torch.OutOfMemoryError:
             contestant.model.zero_grad()
             contestant.x = contestant.gy = torch.empty(0)

@@ -60,6 +60,11 @@ class Setting:
             enable = next(getattr(stack, name) for name in _CHECKPOINTING if hasattr(stack, name))
             enable({"use_reentrant": False})
         if self.graph == "compile":
+            # Methods share the code of a layer, and with it the number of graphs that Dynamo makes before it gives up
+            # and runs eagerly, which would then be measured as compiled.
+            dynamo = import_module("torch._dynamo")
+            dynamo.config.recompile_limit = 64
+            dynamo.config.fail_on_recompile_limit_hit = True
             for module in model.modules():
                 if type(module).__name__ == "LlamaDecoderLayer":
                     module.compile()

@@ -13,7 +13,7 @@ import paca
 from paca.bench import main, plan, summary
 from paca.bench.agreement import deviation, first_step
 from paca.bench.contestant import Contestant
-from paca.bench.limits import largest_that_fits, search
+from paca.bench.limits import PRECISION, largest_that_fits, search
 from paca.bench.methods import parse_methods
 from paca.bench.report import tables
 from paca.bench.result import read
@@ -82,8 +82,10 @@ def test_the_search_finds_the_largest_that_fits(limit: int, step: int) -> None:
         asked.append(size)
         return size <= limit
 
-    assert largest_that_fits(fits, step) == limit // step * step
-    assert len(asked) <= 50
+    found, largest = largest_that_fits(fits, step), limit // step * step
+    assert found % step == 0
+    assert largest - max(step, largest / PRECISION) < found <= largest
+    assert len(asked) <= 30
 
 
 class Scarce(paca.get_backend().__class__):  # type: ignore[misc,name-defined]
@@ -149,9 +151,13 @@ def test_the_plan_covers_sizes_settings_and_limits_and_every_command_is_valid(
         (1, 8192),
         (2, 8192),
     ):
-        for name in ("eager", "liger", "compile", "graph", "checkpointing"):
+        for name in ("eager", "liger", "compile", "graph", "checkpointing", "fp8"):
             assert any(f"] {name}-{batch}x{tokens} (to do)" in line for line in lines)
-    assert any("--caps=24,48,80" in line and "--layers=32" in line for line in lines)
+    for cap in (24, 48, 80):
+        assert any(f"] limits-eager-{cap}gb" in line and "--layers=32" in line for line in lines)
+    names = [line.split()[1] for line in lines]
+    assert names[: len(plan.FIRST)] == list(plan.FIRST)
+    assert len(set(names)) == len(names)
     assert not (tmp_path / "gpu").exists()
     from paca.bench.command import _options, _parser
 
@@ -183,6 +189,28 @@ def test_a_plan_is_run_goes_on_where_it_stopped_and_is_summed_up(
     assert (tmp_path / "all.png").exists()
 
 
+def test_a_plan_starts_nothing_that_its_time_does_not_suffice_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.run(runs_of_tiny_size("liger-compile"), tmp_path / "gpu", seconds=plan.LEAST_SECONDS - 1) == 0
+    told = capsys.readouterr()
+    assert told.out.count("(no time left)") == 9
+    assert "9 of 9 runs are left for want of time; the same command goes on" in told.err
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_a_run_that_does_not_end_in_time_is_stopped_and_is_to_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "LEAST_SECONDS", 0.0)
+    run = runs_of_tiny_size("eager-1x512")
+    assert plan.run(run, tmp_path, seconds=0.2) == 0
+    assert "eager-1x512 was stopped, its time was up" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))
+    plan.run(run, tmp_path, dry=True)
+    assert "eager-1x512 (to do)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_limits_are_measured_in_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -201,6 +229,7 @@ def test_limits_are_measured_in_a_process_of_their_own(tmp_path: Path, monkeypat
         ("--caps=24,x", "--caps takes positive numbers"),
         ("--strategies=gather", "--strategies takes kind=name pairs"),
         ("--liger", "needs the package liger-kernel"),
+        ("--suite=gpu --minutes=0", "--minutes takes a positive number"),
     ],
 )
 def test_a_wrong_option_is_refused(
@@ -208,7 +237,7 @@ def test_a_wrong_option_is_refused(
 ) -> None:
     monkeypatch.setattr("paca.bench.setting.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        main([option])
+        main(option.split())
     assert message in capsys.readouterr().err
 
 

@@ -7,7 +7,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from paca_cuda.ops import DEFAULT_TILING, LARGEST_RANK, TILINGS, Tiling, tiled_grad_columns
+from paca_cuda import ops
+from paca_cuda.ops import (
+    DEFAULT_TILING,
+    LARGEST_RANK,
+    SHARED_BYTES,
+    TILINGS,
+    Tiling,
+    safe_tiling,
+    takes_tf32,
+    tiled_grad_columns,
+)
 from paca_cuda.strategies import grad_columns_cublas, grad_columns_triton, grad_columns_tuned
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -105,6 +115,50 @@ def test_tokens_are_split_into_a_power_of_two_of_parts_that_are_worth_it(tokens,
     assert split == 1 or split * -(-n_out // tiling.out) <= tiling.programs
 
 
+@given(r=st.integers(1, LARGEST_RANK), element_size=st.sampled_from([2, 4]))
+def test_what_is_taken_untimed_fits_every_device(r, element_size):
+    assert safe_tiling(r, element_size).shared_bytes(r, element_size) <= SHARED_BYTES
+
+
+def test_usual_ranks_take_the_default_tiling():
+    assert all(safe_tiling(r, 2) is DEFAULT_TILING for r in (4, 8, 64, 128))
+
+
+@pytest.mark.parametrize("r", [129, 256])
+def test_the_largest_ranks_are_within_the_bound(device, r):
+    gy, xs = torch.randn(130, 24, device=device), torch.randn(130, r, device=device)
+    assert_within_bound(tiled_grad_columns(gy, xs, 1.0, safe_tiling(r, 4)), gy, xs, 1.0)
+
+
+def test_where_there_is_no_memory_to_measure_in_nothing_is_measured(monkeypatch):
+    """Timing takes a quarter of a gigabyte, which a model at the limit does not leave."""
+
+    class Full:
+        def choose(self, problem, candidates):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gy = torch.empty(64, 64, device="meta")
+    monkeypatch.setattr(type(gy), "is_cuda", True, raising=False)
+    monkeypatch.setattr(ops, "_tuner", lambda device: Full())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    ways = ops.names_of(TILINGS)
+    assert ops._chosen_way(gy, torch.empty(64, 8, device="meta"), ways, None) == str(DEFAULT_TILING)
+
+
+def test_tf32_follows_either_of_torchs_settings():
+    assert not takes_tf32()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert takes_tf32()
+        torch.set_float32_matmul_precision("highest")
+        assert not takes_tf32()
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert takes_tf32()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_it_is_a_well_behaved_operator(device):
     gy = torch.randn(7, 5, device=device, requires_grad=True)
     xs = torch.randn(7, 3, device=device, requires_grad=True)
@@ -119,8 +173,6 @@ def test_its_own_gradients_are_right(device):
 
 def test_graph_capture_and_streams_leave_the_counters_at_zero(gpu):
     """The counters that tell the last program of a block are zero again after each launch, whoever launched."""
-    from paca_cuda import ops
-
     gy, xs = torch.randn(4096, 512, device=gpu).bfloat16(), torch.randn(4096, 8, device=gpu).bfloat16()
     expected = tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING)
     graph = torch.cuda.CUDAGraph()

@@ -65,6 +65,30 @@ def test_grad_columns_reads_sixteen_bytes_at_a_time_while_it_computes(capability
     assert "atom.global.gpu.acq_rel" in ptx
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
+def test_the_largest_rank_fits_the_smallest_shared_memory(dtype, size):
+    from paca_cuda.ops import LARGEST_RANK, SHARED_BYTES, safe_tiling
+
+    tiling = safe_tiling(LARGEST_RANK, size)
+    made = compiled(
+        kernels.grad_columns_kernel,
+        86,
+        {
+            **{"gy": f"*{dtype}", "xs": f"*{dtype}", "grad": "*fp32", "partial": "*fp32", "arrived": "*i32"},
+            **{"scale": "fp32", "tokens": "i32", "n_out": "i32", "gy_token_stride": "i32"},
+        },
+        {
+            **{"gy_out_stride": 1, "xs_channel_stride": 1, "r": 256, "xs_token_stride": 256, "R": 256},
+            **{"BLOCK_OUT": tiling.out, "BLOCK_TOKENS": tiling.tokens, "SPLIT": 4},
+            **{"PRECISION": "ieee", "WIDEN": False},
+        },
+        aligned=("gy", "xs", "grad", "partial", "arrived", "tokens", "n_out", "gy_token_stride"),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    assert made.metadata.shared <= SHARED_BYTES
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_gather_compiles(capability):
     assert compiled(

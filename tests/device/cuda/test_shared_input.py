@@ -142,6 +142,20 @@ def test_an_output_that_is_not_used_has_no_part_in_the_gradient(monkeypatch):
     assert layers[1].paca_delta["default"].grad is None
 
 
+def test_a_forward_that_ends_in_an_error_changes_nothing(monkeypatch):
+    """As one that runs out of memory does: the next ones still run together."""
+    model = mixed(monkeypatch)
+    q = layers_of(model)[0]
+    for _ in range(3):
+        q(torch.randn(3, 8))  # and here it ended
+        x = torch.randn(3, 8, requires_grad=True)
+        model(x, x).sum().backward()
+        assert q.shared_input.together
+    for _ in range(3):
+        q(torch.randn(3, 8))
+    assert not q.shared_input.together
+
+
 def test_a_tensor_that_changed_in_place_is_read_anew(monkeypatch):
     model = mixed(monkeypatch)
     q, k, _ = layers_of(model)

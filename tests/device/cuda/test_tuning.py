@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,6 +72,16 @@ def test_a_candidate_that_fails_is_out():
     with pytest.raises(RuntimeError, match="no way to run other works") as error:
         tuner.choose("other", {"fast": fails})
     assert "shared memory" in str(error.value.__cause__)
+
+
+def test_a_lack_of_memory_is_no_failure_of_a_candidate():
+    def no_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tuner, _ = make_tuner()
+    with pytest.raises(torch.OutOfMemoryError):
+        tuner.choose("problem", {"fast": no_memory, **candidates("slow")})
+    assert tuner.known("problem") is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', "\xff", '{"format": 1, "chosen": 3}'])
