@@ -101,6 +101,7 @@ class Options:
     switches: bool = False
     setting: Setting = PLAIN
     caps: tuple[float, ...] = ()
+    keep_going: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """Return what the result file should say of them."""
@@ -200,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the tables; both are recorded. auto: process CPU time for one thread on a CPU, wall time otherwise",
     )
+    how.add_argument(
+        "--keep-going", action="store_true", help="leave out a method that fails, and name it in the result"
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batch and order; default 0")
     where = parser.add_argument_group("where to")
     where.add_argument("--out", type=Path, metavar="FILE", help="raw result; default paca-bench-SUITE.json")
@@ -250,6 +254,7 @@ def _options(given: argparse.Namespace) -> Options:
     return Options(
         setting=setting,
         caps=_caps(given.caps),
+        keep_going=given.keep_going,
         methods=methods,
         shape=shape,
         dtype=given.dtype,

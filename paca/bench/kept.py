@@ -23,17 +23,18 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
         model: whose parameters and buffers are left out.
         layer: one of its layers; what it saves first is counted apart.
     """
-    own = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    own = {_address(part) for tensor in [*model.parameters(), *model.buffers()] for part in _dense_parts(tensor)}
     saved: dict[int, Tensor] = {}
     saved_by_layer: dict[int, Tensor] = {}
     inside = False
 
     def note(tensor: Tensor) -> Tensor:
-        address = _address(tensor)
-        if address not in own and address not in saved:
-            saved[address] = tensor
-            if inside:
-                saved_by_layer[address] = tensor
+        for part in _dense_parts(tensor):
+            address = _address(part)
+            if address not in own and address not in saved:
+                saved[address] = part
+                if inside:
+                    saved_by_layer[address] = part
         return tensor
 
     def enter(*_: Any) -> None:
@@ -54,6 +55,11 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
     for tensor in _held_on_contexts(output):
         note(tensor)
     return Kept(total=_bytes(saved), layer=_bytes(saved_by_layer))
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return what a tensor's values lie in; a sparse one (SHiRA's) has no storage of its own."""
+    return (tensor._indices(), tensor._values()) if tensor.layout is torch.sparse_coo else (tensor,)
 
 
 def _address(tensor: Tensor) -> int:

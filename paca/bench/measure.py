@@ -16,6 +16,7 @@ from paca.bench.contestant import Contestant
 from paca.bench.kept import count_kept
 from paca.bench.limits import measure_limit
 from paca.bench.machine import describe
+from paca.bench.methods import FLOOR
 from paca.bench.peak import measure_peak
 from paca.bench.result import MethodResult, Result
 from paca.bench.rounds import time_rounds
@@ -59,20 +60,29 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             bar.update()
 
         floor_output = None
-        for name, method in methods.items():
+        for name, method in list(methods.items()):
             progress(f"build {name}")
-            contestant = Contestant(method, options.shape, dtype, backend, options.seed, options.setting)
-            made = MethodResult(
-                label=method.label(options.shape),
-                rank=method.rank_for(options.shape),
-                trained=sum(parameter.numel() for parameter in contestant.trained),
-            )
-            if timed:
-                output = first_step(contestant)
-                floor_output = floor_output or output
-                made.deviation = deviation(name, output, floor_output)
-            if "bytes" in options.measure:
-                made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
+            try:
+                contestant = Contestant(method, options.shape, dtype, backend, options.seed, options.setting)
+                made = MethodResult(
+                    label=method.label(options.shape),
+                    rank=method.rank_for(options.shape),
+                    trained=sum(parameter.numel() for parameter in contestant.trained),
+                )
+                if timed:
+                    output = first_step(contestant)
+                    floor_output = floor_output or output
+                    made.deviation = deviation(name, output, floor_output)
+                if "bytes" in options.measure:
+                    made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
+            except Exception as error:
+                if not options.keep_going or name == FLOOR:
+                    raise
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"paca bench: {name} is left out: {why}", file=sys.stderr)
+                result.settings.setdefault("left_out", {})[name] = why
+                del methods[name]
+                continue
             result.methods[name] = made
             if timed:
                 contestants[name] = contestant

@@ -66,7 +66,7 @@ def gpu(
         only: words of which a run's name must contain one; all runs if there are none.
     """
     own = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items() if name not in ("batch", "tokens")]
-    common = [f"--shape={shape}", *own, "--dtype=bfloat16", f"--backend={backend}"]
+    common = [f"--shape={shape}", *own, "--dtype=bfloat16", f"--backend={backend}", "--keep-going"]
     timed = [*common, f"--rounds={rounds}", f"--warmup={warmup}"]
     whole = [*common, *([] if "layers" in sizes else ["--layers=32"])]
     batches = [(sizes.get("batch", batch), sizes.get("tokens", tokens)) for batch, tokens in SIZES]

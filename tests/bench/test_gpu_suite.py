@@ -211,6 +211,38 @@ def test_a_run_that_does_not_end_in_time_is_stopped_and_is_to_be_done_again(
     assert "eager-1x512 (to do)" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+def test_sparse_tensors_that_are_kept_count_with_their_values_and_indices() -> None:
+    from paca.bench.kept import count_kept
+
+    floor, shira = contestant("floor"), contestant("shira-r8")
+    kept = [count_kept(c.forward, c.model, c.last_layer).total for c in (floor, shira)]
+    assert kept[1] > kept[0]
+
+
+def test_a_method_that_fails_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+
+    def first(made: Contestant) -> tuple[torch.Tensor, torch.Tensor]:
+        if made.model.__class__.__name__ == "PeftModel":
+            raise NotImplementedError("no kernel for this device")
+        return first_step(made)
+
+    monkeypatch.setattr("paca.bench.measure.first_step", first)
+    out = tmp_path / "some.json"
+    arguments = ["--shape=tiny", "--methods=paca-r8,full", "--measure=time", "--rounds=1", "--backend=cpu"]
+    arguments += ["--malloc=default", "--no-plot", f"--out={out}"]
+    with pytest.raises(NotImplementedError):
+        main(arguments)
+    assert main([*arguments, "--keep-going"]) == 0
+    assert list(read(out).methods) == ["floor", "full"]
+    assert read(out).settings["left_out"] == {"paca-r8": "NotImplementedError: no kernel for this device"}
+    assert "paca bench: paca-r8 is left out: NotImplementedError: no kernel" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_limits_are_measured_in_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
