@@ -2,9 +2,11 @@
 
     python benchmarks/family.py                          every option, three seeds: hours on a laptop's CPU
     python benchmarks/family.py --only prefix,lora --seeds 0
-    python benchmarks/family.py --report                 write the table of docs/family.md again from the raw result
+    python benchmarks/family.py --time                   a step of each option and of LoRA in turn, in minutes
+    python benchmarks/family.py --report                 write the table of docs/family.md again from the raw results
 
-Runs that the raw result has already are not repeated. Every run is a process of its own.
+Runs that the raw result has already are not repeated. Every run is a process of its own. Losses do not depend on how
+busy the machine is; times do, and have a result of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-RESULT, PAGE = Path("benchmarks/family/quickstart.json"), Path("docs/family.md")
+RESULT, STEPS = Path("benchmarks/family/quickstart.json"), Path("benchmarks/family/steps.json")
+PAGE = Path("docs/family.md")
 _BLOCK = re.compile(r"<!-- family -->.*?<!-- end -->", re.DOTALL)
 RECIPE = "recipes/quickstart.yaml"
 # With these every option trains as many parameters as PaCA with r = 8, but for heads that do not divide evenly.
@@ -45,32 +48,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def recipe_of(name: str, **keys: Any) -> Any:
+    """Return the quick start's recipe with other keys."""
+    from paca.recipe import Given, read_file, resolve
+
+    return resolve(read_file(Path(RECIPE)) | {key: Given(value, name) for key, value in keys.items()})
+
+
 def train(name: str, seed: int, steps: int, scratch: str) -> dict[str, Any]:
     """Train one option in this process and return what is recorded of it."""
     import torch
 
     from paca import training
-    from paca.recipe import Given, read_file, resolve
 
     torch.set_num_threads(1)
-
-    def recipe(**keys: Any) -> Any:
-        given = read_file(Path(RECIPE)) | {key: Given(value, name) for key, value in keys.items()}
-        return resolve(given)
-
     shared = {"seed": seed, "random_seed": seed, "max_steps": steps, "save_strategy": "no", "prompts": []}
     shared |= {"evaluate_before": False, "disable_tqdm": True}
     keys = dict(OPTIONS[name])
     if name == "largest_change":
-        warmup = recipe(**shared, r=32, paca_alpha=32, output_dir=f"{scratch}/warmup").with_training(
-            max_steps=steps // 4
-        )
+        wide = {"r": 32, "paca_alpha": 32, "output_dir": f"{scratch}/warmup"}
+        warmup = recipe_of(name, **shared, **wide).with_training(max_steps=steps // 4)
         training.train(warmup, say=lambda line: None)
         keys["warmup_adapter"] = f"{scratch}/warmup"
-    run = recipe(**shared, **keys, output_dir=f"{scratch}/run")
+    run = recipe_of(name, **shared, **keys, output_dir=f"{scratch}/run")
     counts: dict[str, Any] = {}
     make = training.adapted_model
-    training.adapted_model = (lambda *given: _lora(*given)) if name == "lora" else make  # type: ignore[assignment]
+    training.adapted_model = adapted_with_lora if name == "lora" else make  # type: ignore[assignment]
 
     class Clock(training.trainer_class()):  # type: ignore[misc]
         """Takes the processor time of each step, and counts what trains."""
@@ -91,7 +94,26 @@ def train(name: str, seed: int, steps: int, scratch: str) -> dict[str, Any]:
     }
 
 
-def _lora(recipe: Any, config: Any, data: Any, tokenizer: Any, length: int, say: Any) -> Any:
+def wide_warmup(folder: Path) -> str:
+    """Save an adapter of random values that `largest_change` can choose from, and return where."""
+    import torch
+    from peft import get_peft_model
+
+    from paca import training
+    from paca.layer import PacaLayer
+    from paca.pretrained import load_config, load_tokenizer
+
+    recipe = recipe_of("warmup", r=32, paca_alpha=32, output_dir=str(folder))
+    config, tokenizer = load_config(recipe.run), load_tokenizer(recipe.run)
+    model = get_peft_model(training.base_model(recipe, config, (), tokenizer), training.adapter_config(recipe))
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            torch.nn.init.normal_(layer.paca_delta["default"])
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def adapted_with_lora(recipe: Any, config: Any, data: Any, tokenizer: Any, length: int, say: Any) -> Any:
     """The base model with PEFT's LoRA of as many parameters as PaCA with the recipe's rank."""
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -136,35 +158,71 @@ def measure(names: list[str], seeds: list[int], steps: int) -> None:
             print(f"{name}, seed {seed}: {result['runs'][name][str(seed)]}", flush=True)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the table for the page."""
-    lora = result["runs"].get("lora", {})
+def time_steps(names: list[str], rounds: int) -> None:
+    """Time the options' steps and write the raw result."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import family_steps
+
+    from paca.bench.machine import describe
+    from paca.registry import get_backend
+
+    with tempfile.TemporaryDirectory() as scratch:
+        result = family_steps.measure(names, rounds, Path(scratch))
+    result["machine"] = describe(get_backend())
+    part = STEPS.with_suffix(".part")
+    STEPS.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(part, STEPS)
+
+
+def ratios(steps: dict[str, Any]) -> dict[str, float]:
+    """Return each option's step time divided by LoRA's of the same round, the median over rounds."""
+    return {
+        name: statistics.median(a / b for a, b in zip(seconds, group["lora"], strict=True))
+        for group in steps.get("groups", [])
+        for name, seconds in group.items()
+    }
+
+
+def table(result: dict[str, Any], steps: dict[str, Any]) -> str:
+    """Return the table for the page, of the losses and of the times."""
+    slower = ratios(steps)
     lines = [
-        "| option | held-out loss, mean (least to most) | trained parameters | file MB | step time / LoRA's |",
-        "|---|---:|---:|---:|---:|",
+        "| option | held-out loss, mean (least to most) | seeds | trained parameters | file MB | step time / LoRA's |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for name, runs in result["runs"].items():
         losses = [run["eval_loss"] for run in runs.values()]
-        ratios = [
-            run["step_cpu_seconds"] / lora[seed]["step_cpu_seconds"] for seed, run in runs.items() if seed in lora
-        ]
         some = next(iter(runs.values()))
         lines.append(
-            f"| {name} | {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) | "
+            f"| {name} | {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f}) | {len(runs)} | "
             f"{some['trained']:,} | "
-            f"{some['file_bytes'] / 1e6:.2f} | {f'{statistics.median(ratios):.2f}' if ratios else '-'} |"
+            f"{some['file_bytes'] / 1e6:.2f} | {f'{slower[name]:.2f}' if name in slower else 'not measured'} |"
         )
-    seeds = max(len(runs) for runs in result["runs"].values())
-    machine = result["machine"]
-    lines += ["", f"{result['steps']} steps of {result['recipe']} with one learning rate for all; seeds: {seeds}; "]
-    lines[-1] += "processor time of one thread; "
-    lines[-1] += f"{machine['processor']}, commit {machine['revision']}, {machine['date']}."
+    lines += ["", f"Losses: {result['steps']} steps of {result['recipe']} with one learning rate for all; "]
+    lines[-1] += _made_on(result["machine"])
+    if steps:
+        lines += [
+            "",
+            f"Times: processor time of one thread, {steps['tokens']} tokens a step, options and LoRA in turn, ",
+        ]
+        lines[-1] += f"median over {steps['rounds']} rounds of the ratio; {_made_on(steps['machine'])}"
     return "\n".join(lines)
 
 
-def filled(page: str, result: dict[str, Any]) -> str:
-    """Return the page with the table of a raw result."""
-    return _BLOCK.sub(lambda _: f"<!-- family -->\n\n{table(result)}\n\n<!-- end -->", page)
+def _made_on(machine: dict[str, Any]) -> str:
+    return f"{machine['processor']}, commit {machine['revision']}, {machine['date']}."
+
+
+def filled(page: str, result: dict[str, Any], steps: dict[str, Any]) -> str:
+    """Return the page with the table of the raw results."""
+    return _BLOCK.sub(lambda _: f"<!-- family -->\n\n{table(result, steps)}\n\n<!-- end -->", page)
+
+
+def read_steps() -> dict[str, Any]:
+    """Return the raw result of the times, empty if there is none."""
+    found: dict[str, Any] = json.loads(STEPS.read_text()) if STEPS.exists() else {}
+    return found
 
 
 def main() -> None:
@@ -173,6 +231,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(OPTIONS), metavar="A,B,…", help=f"of {', '.join(OPTIONS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--time", action="store_true", help="time steps instead of training")
+    parser.add_argument("--rounds", type=int, default=3, help="of --time")
     parser.add_argument("--report", action="store_true", help="only write the table")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -184,10 +244,15 @@ def main() -> None:
     names = given.only.split(",")
     if unknown := [name for name in names if name not in OPTIONS]:
         parser.error(f"--only: {unknown[0]!r} is none of {', '.join(OPTIONS)}")
-    if not given.report:
+    if given.time:
+        time_steps(names, given.rounds)
+    elif not given.report:
         measure(names, given.seeds, given.steps)
+    if not RESULT.exists():
+        return
+    page = filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text()), read_steps())
     part = PAGE.with_suffix(".part")
-    part.write_text(filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text())), encoding="utf-8")
+    part.write_text(page, encoding="utf-8")
     os.replace(part, PAGE)
 
 

@@ -24,11 +24,12 @@ def family() -> ModuleType:
     return module
 
 
-def test_the_page_shows_the_committed_result(family: ModuleType) -> None:
+def test_the_page_shows_the_committed_result(family: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (TOP / family.PAGE).read_text(encoding="utf-8")
     assert page.count("<!-- family -->") == 1
     if (TOP / family.RESULT).exists():
-        assert family.filled(page, json.loads((TOP / family.RESULT).read_text())) == page
+        monkeypatch.chdir(TOP)
+        assert family.filled(page, json.loads(family.RESULT.read_text()), family.read_steps()) == page
     else:
         assert "It was not run yet." in page
 
@@ -43,8 +44,16 @@ def test_the_table_says_what_the_runs_say(family: ModuleType) -> None:
         "machine": {"processor": "P", "revision": "abc", "date": "today"},
         "runs": {"groups": {"0": run(3.0, 1.0), "1": run(4.0, 1.2)}, "lora": {"0": run(3.5, 2.0), "1": run(3.5, 2.0)}},
     }
-    rows = [line for line in family.table(result).splitlines() if line.startswith("| groups")]
-    assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 1,000 | 2.50 | 0.55 |"]
+    steps = {
+        "rounds": 3,
+        "tokens": 512,
+        "machine": result["machine"],
+        "groups": [{"groups": [1.0, 1.2, 3.0], "lora": [2.0, 2.0, 4.0]}],
+    }
+    rows = [line for line in family.table(result, steps).splitlines() if line.startswith("| groups")]
+    assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 2 | 1,000 | 2.50 | 0.60 |"]
+    rows = [line for line in family.table(result, {}).splitlines() if line.startswith("| groups")]
+    assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 2 | 1,000 | 2.50 | not measured |"]
 
 
 def test_every_recipe_of_the_family_is_on_the_page() -> None:
