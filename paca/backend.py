@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paca import strategies
-from paca.strategies import ColumnWrite, Form
+from paca.strategies import ColumnSwitch, ColumnWrite, Form
 
 
 class GraphMode(str, Enum):
@@ -57,6 +57,7 @@ class Ops:
     # gy, xs, scale -> scale·gyᵀxs, (out, r), float32
     grad_columns: Callable[[Tensor, Tensor, float], Tensor] = strategies.grad_columns_thin_first
     write_columns: Callable[[Sequence[ColumnWrite]], None] = strategies.write_index_copy  # all layers of a step at once
+    switch_columns: Callable[[Sequence[ColumnSwitch]], None] = strategies.switch_scatter  # of a whole model
     # Columns that form at most so many runs of neighbours are gathered by slices instead; None: however many they are.
     runs_to_slice: int | None = 1
     # gys, weights -> Σ gy·weight for layers that read the same input, which then run together; None: each runs alone.
@@ -90,8 +91,8 @@ PLAIN_TORCH: Choices = MappingProxyType(
             "matmul": {"grad_columns": strategies.grad_columns_matmul},
         },
         "write": {
-            "index_copy": {"write_columns": strategies.write_index_copy},
-            "index_put": {"write_columns": strategies.write_index_put},
+            "index_copy": {"write_columns": strategies.write_index_copy, "switch_columns": strategies.switch_scatter},
+            "index_put": {"write_columns": strategies.write_index_put, "switch_columns": strategies.switch_scatter},
         },
         "quantised": {
             "exact": {"quantised_form": strategies.form_exact},

@@ -21,7 +21,7 @@ from paca.quantised import library_of
 from paca.registry import get_backend
 from paca.saved import SavedAdapter, SavedLayer, read_adapter
 from paca.select import checked_columns
-from paca.strategies import ColumnWrite, write_scatter
+from paca.strategies import ColumnSwitch, ColumnWrite, switch_scatter
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ class _Ready:
 
     write: ColumnWrite
     key: bytes  # equal for equal column numbers
+    columns: frozenset[int] | None  # None for a mask, whose entries are too many to look through
     address: int  # of the weight's memory when this was made
 
-    def restore(self, before: _Ready | None) -> None:
-        """Put the pretrained columns back, unless the adapter that comes next overwrites just these.
 
-        Where it overwrites only some, finding out which would take longer than writing them twice.
-        """
-        if before is None or before.key != self.key:
-            self.write.weight.index_copy_(1, self.write.index, self.write.base)
+def _switch(old: _Ready | None, new: _Ready | None) -> ColumnSwitch:
+    """Say what a change of adapters does to one weight: what the new one overwrites anyway is not restored."""
+    if old is None or new is None:
+        return ColumnSwitch(old.write if old else None, new.write if new else None, apart=True)
+    if old.key == new.key:
+        return ColumnSwitch(None, new.write, apart=True)
+    apart = old.columns is not None and new.columns is not None and old.columns.isdisjoint(new.columns)
+    return ColumnSwitch(old.write, new.write, apart)
 
 
 class AdapterBank:
@@ -78,7 +81,7 @@ class AdapterBank:
         self.model = model
         self.on_device = on_device
         self.pin_memory = pin_memory
-        self._write = get_backend().ops.write_columns
+        self._ops = get_backend().ops
         self._modules = dict(model.named_modules())
         self._host: dict[str, SavedAdapter] = {}
         self._ready: OrderedDict[str, dict[str, _Ready]] = OrderedDict()  # the least recently used first
@@ -159,11 +162,9 @@ class AdapterBank:
         new = self._ready[name] if name is not None else {}
         self._refuse_moved(old)
         self._refuse_moved(new)
-        for layer_name, ready in old.items():
-            ready.restore(before=new.get(layer_name))
-        if new:
-            write = write_scatter if self._masked else self._write
-            write([ready.write for ready in new.values()])
+        # Kernels that write columns are made for few of them, and many rows; a mask has many in one.
+        switch = switch_scatter if self._masked else self._ops.switch_columns
+        switch([_switch(old.get(layer), new.get(layer)) for layer in dict.fromkeys([*old, *new])])
         before, self._active = self._active, name
         if before is not None and self.on_device is not None and len(self._ready) > self.on_device:
             self.evict(before)
@@ -239,13 +240,14 @@ class AdapterBank:
     def _make_ready(self, name: str, layer: SavedLayer) -> _Ready:
         weight = _parameter(self._modules[name])
         key = layer.index.numpy().tobytes()
+        columns = None if self._masked else frozenset(layer.index.tolist())
         others = [layers[name] for layers in self._ready.values() if name in layers]
         twin = next((o.write for o in others if (o.key, o.address) == (key, weight.data_ptr())), None)
         index = twin.index if twin else layer.index.to(weight.device, non_blocking=True)
         matrix = _matrix(self._modules[name], self._masked)
         base = twin.base if twin else self._pretrained_columns(name, matrix, index)
         delta = layer.delta.to(weight.device, non_blocking=True)
-        return _Ready(ColumnWrite(matrix, index, base, delta, layer.scale), key, weight.data_ptr())
+        return _Ready(ColumnWrite(matrix, index, base, delta, layer.scale), key, columns, weight.data_ptr())
 
     def _pretrained_columns(self, name: str, matrix: Tensor, index: Tensor) -> Tensor:
         """Return a copy of pretrained columns, (out, r), whatever the model holds now."""

@@ -141,6 +141,34 @@ def write_scatter(writes: Sequence[ColumnWrite]) -> None:
         write.weight.scatter_(1, write.index.expand(len(write.weight), -1), write.values())
 
 
+@dataclass(frozen=True)
+class ColumnSwitch:
+    """One weight's change of adapters: pretrained values go back to the old one's columns, the new one's are written.
+
+    Either may be missing. Columns of both get the new one's values.
+    """
+
+    old: ColumnWrite | None
+    new: ColumnWrite | None
+    apart: bool  # whether they have no column in common
+
+
+def switch_scatter(switches: Sequence[ColumnSwitch]) -> None:
+    """Restore and write columns with `scatter_`, both in one pass over the rows where they are apart.
+
+    Each row of a weight is in another page of memory, so that looking a row up costs more than writing some values.
+    """
+    for old, new, apart in ((switch.old, switch.new, switch.apart) for switch in switches):
+        if old is not None and new is not None and apart:
+            index, values = torch.cat([old.index, new.index]), torch.cat([old.base, new.values()], dim=1)
+            new.weight.scatter_(1, index.expand(len(values), -1), values)
+            continue
+        if old is not None:
+            old.weight.scatter_(1, old.index.expand(len(old.base), -1), old.base)
+        if new is not None:
+            write_scatter([new])
+
+
 class Form(str, Enum):
     """How a layer with a quantised weight and trained columns makes its product."""
 

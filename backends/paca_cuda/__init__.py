@@ -14,7 +14,7 @@ from torch import nn
 
 from paca.backend import PLAIN_TORCH, SHARED_INPUT, Backend, Capabilities, Choices, GraphMode, Memory, Ops
 from paca.errors import BackendUnavailableError
-from paca.strategies import grad_input_addmm, write_index_copy
+from paca.strategies import grad_input_addmm
 from paca_cuda.float8 import float8_products, why_no_float8
 from paca_cuda.graphs import GraphedModel
 from paca_cuda.ops import why_no_triton
@@ -23,6 +23,7 @@ from paca_cuda.strategies import (
     grad_columns_cublas,
     grad_columns_triton,
     grad_columns_tuned,
+    switch_multi_tensor,
     write_multi_tensor,
 )
 
@@ -65,11 +66,17 @@ class CUDABackend(Backend):
                 "cublas": {"grad_columns": grad_columns_cublas},
                 **PLAIN_TORCH["grad_columns"],
             },
-            "write": {"multi_tensor": {"write_columns": write_multi_tensor}, **PLAIN_TORCH["write"]},
+            "write": {
+                "multi_tensor": {"write_columns": write_multi_tensor, "switch_columns": switch_multi_tensor},
+                **PLAIN_TORCH["write"],
+            },
         }
     )
     default_ops: ClassVar[Ops] = Ops(
-        grad_columns=grad_columns_tuned, write_columns=write_multi_tensor, grad_input_sum=grad_input_addmm
+        grad_columns=grad_columns_tuned,
+        write_columns=write_multi_tensor,
+        switch_columns=switch_multi_tensor,
+        grad_input_sum=grad_input_addmm,
     )
 
     def __init__(self, **strategies: str) -> None:
@@ -87,7 +94,7 @@ class CUDABackend(Backend):
         if wanted := [f"{kind}={name!r}" for kind, name in strategies.items() if (kind, name) in _NEED_TRITON]:
             raise BackendUnavailableError(f"{wanted[0]} cannot be used: {why}")
         if "write" not in strategies:
-            self.ops = replace(self.ops, write_columns=write_index_copy)
+            self.ops = replace(self.ops, **self.choices["write"]["index_copy"])
 
     @classmethod
     def why_unavailable(cls) -> str | None:

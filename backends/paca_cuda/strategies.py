@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paca.strategies import ColumnWrite, write_index_copy
+from paca.strategies import ColumnSwitch, ColumnWrite, write_index_copy
 from paca_cuda.ops import mm_float32
 
 
@@ -29,6 +29,14 @@ def grad_columns_triton(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
 def grad_columns_tuned(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
     """Return s·dYᵀ Xs from the fastest of cuBLAS and the Triton kernel's tilings, measured once a shape and device."""
     return torch.ops.paca.grad_columns(_tokens(gy), _tokens(xs), scale, False)  # type: ignore[no-any-return]
+
+
+def switch_multi_tensor(switches: Sequence[ColumnSwitch]) -> None:
+    """Restore each weight's columns, then write those of all weights in one launch."""
+    for old in (switch.old for switch in switches):
+        if old is not None:
+            old.weight.index_copy_(1, old.index, old.base)
+    write_multi_tensor([switch.new for switch in switches if switch.new is not None])
 
 
 def write_multi_tensor(writes: Sequence[ColumnWrite]) -> None:

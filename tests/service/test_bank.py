@@ -89,6 +89,22 @@ def test_between_adapters_of_one_seed_a_swap_writes_each_column_once_and_restore
     assert counter.elements == sum(layer.delta.numel() for layer in read_adapter(folders["b"]).layers.values())
 
 
+@pytest.mark.parametrize(("first", "last"), [([1, 5], [2, 7]), ([1, 5], [5, 7]), ([1, 5], [1, 5])], ids=str)
+def test_columns_of_both_adapters_end_with_the_new_values(first: list[int], last: list[int], tmp_path: Path) -> None:
+    for name, chosen in (("a", first), ("b", last)):
+        model = tiny.adapted(tiny.mlp(), columns={"first": chosen}, target_modules=["first"], task_type=None)
+        tiny.perturb(model, seed=len(name + str(chosen))).save_pretrained(tmp_path / name)
+    bank = paca.AdapterBank(tiny.mlp())
+    bank.load("a", tmp_path / "a")
+    bank.load("b", tmp_path / "b")
+    bank.swap("a")
+    bank.swap("b")
+    wanted = PeftModel.from_pretrained(tiny.mlp(), tmp_path / "b")
+    assert torch.equal(bank.model.first.weight, wanted.base_model.model.first.base_layer.weight)
+    bank.swap(None)
+    assert torch.equal(bank.model.first.weight, tiny.mlp().first.weight)
+
+
 def test_a_swap_to_the_adapter_that_is_in_writes_nothing(folders: dict[str, Path]) -> None:
     bank = bank_of(folders)
     bank.swap("a")

@@ -19,14 +19,14 @@ from paca.layer import PacaLayer
 
 
 class ElementsWritten(TorchDispatchMode):
-    """Counts the elements that `index_copy_` writes."""
+    """Counts the elements that `index_copy_` and `scatter_` write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index_copy_.default:
+        if func in (torch.ops.aten.index_copy_.default, torch.ops.aten.scatter_.src):
             self.elements += args[3].numel()
         return func(*args, **(kwargs or {}))
 
