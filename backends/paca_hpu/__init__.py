@@ -117,6 +117,9 @@ class HPUBackend(Backend):
         if self.graph_mode is GraphMode.COMPILE:
             return torch.compile(module, backend=self.compiler)  # type: ignore[return-value]
         if self.graph_mode is GraphMode.HPU_GRAPHS:
+            for part in module.modules():
+                if hasattr(part, "write_again"):  # else a write that is due would become part of the graph
+                    part.write_again()
             cached: nn.Module = bridge.hpu().ModuleCacher(max_graphs=10)(model=module, inplace=True)
             return cached
         return module
@@ -140,13 +143,13 @@ class HPUBackend(Backend):
         """What a training run on this device should be told."""
         from paca_hpu.trainers import defaults
 
-        return defaults(self.graph_mode)
+        return defaults(self.graph_mode, self.compiler)
 
     def trainer(self) -> tuple[type[Any], type[Any]]:
         """GaudiTrainer of optimum-habana where it is installed, transformers' own Trainer otherwise."""
         from paca_hpu.trainers import classes
 
-        return classes()
+        return classes(self.graph_mode)
 
 
 class RehearsalBackend(HPUBackend):

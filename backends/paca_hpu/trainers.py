@@ -9,6 +9,7 @@ from typing import Any
 from packaging.version import Version
 
 from paca.backend import GraphMode
+from paca.errors import BackendUnavailableError
 
 logger = logging.getLogger("paca")
 
@@ -16,23 +17,32 @@ logger = logging.getLogger("paca")
 GAUDI_TRANSFORMERS = "4.55"
 
 
-def defaults(mode: GraphMode) -> dict[str, Any]:
+def defaults(mode: GraphMode, compiler: str) -> dict[str, Any]:
     """TrainingArguments for a run in a graph mode; the caller leaves out those that the Trainer does not know."""
     arguments: dict[str, Any] = {"logging_nan_inf_filter": False}  # it reads the loss back after every backward
     if mode is GraphMode.COMPILE:
-        arguments |= {"torch_compile": True, "torch_compile_backend": "hpu_backend"}
+        arguments |= {"torch_compile": True, "torch_compile_backend": compiler}
     if mode is GraphMode.HPU_GRAPHS:
         arguments |= {"use_hpu_graphs_for_training": True}
     return arguments
 
 
-def classes() -> tuple[type[Any], type[Any]]:
-    """The Trainer and TrainingArguments: optimum-habana's where it is installed and fits, else transformers' own."""
+def classes(mode: GraphMode) -> tuple[type[Any], type[Any]]:
+    """The Trainer and TrainingArguments: optimum-habana's where it is installed and fits, else transformers' own.
+
+    Raises:
+        BackendUnavailableError: if HPU graphs were chosen, which transformers' own Trainer does not record.
+    """
     why_not = why_not_gaudi_trainer()
     if why_not is None:
         from paca_hpu.gaudi_trainer import PacaGaudiTrainer, PacaGaudiTrainingArguments
 
         return PacaGaudiTrainer, PacaGaudiTrainingArguments
+    if mode is GraphMode.HPU_GRAPHS:
+        raise BackendUnavailableError(
+            f"graph='hpu_graphs' needs GaudiTrainer, and {why_not}; choose graph='lazy', or call "
+            "paca.get_backend().capture(model) in a loop of your own"
+        )
     from transformers import Trainer, TrainingArguments
 
     logger.info("paca: transformers' own Trainer, because %s", why_not)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from tiny_models import adapted, layers_of, mlp
 
 import paca
-from paca_hpu import HPUBackend, bridge
+from paca_hpu import HPUBackend, bridge, trainers
 
 
 def test_without_the_vendors_software_the_backend_says_where_it_comes_from(monkeypatch):
@@ -69,6 +71,42 @@ def test_a_process_has_the_graph_modes_of_its_mode_and_says_how_to_get_the_other
         other = 1 - int(mode)
         with pytest.raises(paca.BackendUnavailableError, match=f"needs PT_HPU_LAZY_MODE={other}.*before Python starts"):
             paca.set_backend("hpu", graph=graph)
+
+
+def test_columns_are_written_before_a_model_is_recorded(monkeypatch):
+    def written(model):
+        return [layer.adapted._is_written(layer.held_adapters()) for layer in layers_of(model)]
+
+    def model_cacher(max_graphs):
+        def record(model, inplace):
+            recorded.append(written(model))
+            return model
+
+        return record
+
+    recorded = []
+    monkeypatch.setenv(bridge.MODE, "1")
+    monkeypatch.setattr(HPUBackend, "why_unavailable", classmethod(lambda cls: None))
+    monkeypatch.setattr(bridge, "hpu", lambda: SimpleNamespace(ModuleCacher=model_cacher))
+    backend = paca.set_backend("hpu", graph="hpu_graphs")
+    model = adapted(mlp(), task_type=None)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.paca_delta["default"].add_(0.5)
+    assert not any(written(model))
+    assert backend.capture(model) is model
+    assert recorded == [[True, True]]
+
+
+def test_hpu_graphs_are_refused_where_the_trainer_cannot_record_them(monkeypatch):
+    monkeypatch.setenv(bridge.MODE, "1")
+    monkeypatch.setattr(HPUBackend, "why_unavailable", classmethod(lambda cls: None))
+    monkeypatch.setattr(trainers, "why_not_gaudi_trainer", lambda: "optimum-habana is not installed")
+    paca.set_backend("hpu", graph="hpu_graphs")
+    with pytest.raises(paca.BackendUnavailableError, match=r"needs GaudiTrainer, and optimum-habana is not installed"):
+        paca.trainer_class()
+    paca.set_backend("hpu", graph="lazy")
+    assert paca.trainer_class().__module__ == "transformers.trainer"
 
 
 def test_a_broken_installation_is_a_reason_and_no_crash(monkeypatch):
