@@ -35,21 +35,38 @@ run() {
 }
 
 gaudi=tests/device/hpu/test_gaudi_trainer.py
-run standin 1 "$venv" "$gaudi"
-run standin 0 "$venv" "$gaudi" -k 'compile_mode or the_real_one'
-PACA_OTHER_PYTHON=$own/bin/python run standin 1 "$venv" tests/device/hpu/test_checkpoint_exchange.py
+standin() {
+    PACA_OTHER_PYTHON=$own/bin/python run standin 1 "$venv" "$gaudi" tests/device/hpu/test_checkpoint_exchange.py &&
+        run standin 0 "$venv" "$gaudi" -k 'compile_mode or the_real_one or (same_bits and True) or merging'
+}
+emulated() {
+    run emulated 0 "$own" tests/device/hpu/test_emulated_device.py &&
+        run emulated 0 "$own" tests/parity/test_every_backend.py --backend hpu -k 'each_strategy or eager' &&
+        run emulated 1 "$venv" "$gaudi" -k 'the_real_one or True-True or same_bits or merging or planted'
+}
+
+# Each process keeps one core busy, so the two halves run side by side; what the first prints is shown when it has ended.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+standin >"$log" 2>&1 &
+half=$!
+failed=
 if why=$("$own/bin/python" -c 'import emulated_device; why = emulated_device.why_not(); print(why or ""); raise SystemExit(bool(why))'); then
-    run emulated 0 "$own" tests/device/hpu/test_emulated_device.py
-    run emulated 0 "$own" tests/parity/test_every_backend.py --backend hpu -k 'each_strategy or eager'
-    run emulated 1 "$venv" "$gaudi" -k 'the_real_one or True-True or same_bits or merging or planted'
+    emulated || failed="the emulated device"
     emulated="gradients bit for bit with the CPU, GaudiTrainer and transformers' own Trainer under autocast on a device that torch calls hpu"
 else
     emulated="NOT the emulated device: $why"
 fi
+wait "$half" || failed="$failed the stand-in"
+cat "$log"
+if [ -n "$failed" ]; then
+    printf '\nfailed on: %s\n' "$failed" >&2
+    exit 1
+fi
 
 cat <<END
 
-Exercised: optimum-habana $("$venv/bin/python" -c 'from importlib.metadata import version as v; print(v("optimum-habana"), "with transformers", v("transformers"))'), GaudiTrainer in lazy and in compile mode;
+Exercised: optimum-habana $("$venv/bin/python" -c 'from importlib.metadata import version as v; print(v("optimum-habana"), "with transformers", v("transformers"))'), GaudiTrainer in lazy and in compile mode: loss, save, resume, merge;
   its checkpoints on the Trainer of transformers $("$own/bin/python" -c 'import transformers; print(transformers.__version__)'), and the other way round;
   $emulated.
 Not exercised, because it takes a Gaudi: the vendor's bridge and compiler, HPU graphs, HCCL, its kernels' numerics, speed and memory.

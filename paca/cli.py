@@ -440,11 +440,13 @@ def _adapters(options: argparse.Namespace, words: list[str]) -> None:
 
 
 def _doctor(options: argparse.Namespace, words: list[str]) -> None:
-    from paca.doctor import graphs
+    from paca.doctor import WARM_UP, graphs
     from paca.recipe import RecipeError
 
-    if options.steps < 2:
-        raise RecipeError(f"--steps must be at least 2, to tell new graphs from known ones; found {options.steps}")
+    if options.steps <= WARM_UP:
+        raise RecipeError(
+            f"--steps must be more than {WARM_UP}, as the first {WARM_UP} may compile graphs; found {options.steps}"
+        )
     if not graphs(options.graphs, words, options.steps, say=lambda line: print(line, flush=True)):
         raise RecipeError("the run would stop or compile again; what to put right is listed above (docs/gaudi.md)")
     print("nothing to put right")

@@ -10,6 +10,7 @@ from typing import Any
 from paca.recipe import Given, Recipe, read_file, read_words, resolve
 
 REHEARSAL = "hpu-rehearsal"
+WARM_UP = 2  # torch's AdamW makes its state on the device in the first step
 
 
 def graphs(path: Path | None, words: Sequence[str], steps: int, say: Callable[[str], None] = print) -> bool:
@@ -76,7 +77,7 @@ def _record(recipe: Recipe, steps: int, say: Callable[[str], None]) -> tuple[Any
     set_seed(arguments.seed)
     model = adapted_model(recipe, config, data, tokenizer, length, say)
     trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
-    recorder = GraphRecorder(trainer.model, warm_up=2)
+    recorder = GraphRecorder(trainer.model, warm_up=WARM_UP)
     counted: list[int] = []
     with backend.compilations() as compiled, recorder.watching():
         trainer.add_callback(_marks(recorder, steps, counted, compiled))

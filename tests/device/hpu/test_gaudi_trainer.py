@@ -1,7 +1,12 @@
-"""The real GaudiTrainer of optimum-habana trains a PaCA model, on the stand-in or on the emulated device."""
+"""The real GaudiTrainer of optimum-habana trains a PaCA model, on the stand-in or on the emulated device.
+
+A lazy process runs lazy mode, any other one `torch.compile` with a compiler of the vendor's name that computes as
+PyTorch does.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import ExitStack
 
@@ -36,13 +41,29 @@ class Rows(Dataset):
         return {"input_ids": numbers, "attention_mask": torch.ones_like(numbers), "labels": numbers}
 
 
+COMPILED = []  # the number of nodes of each graph that the compiler was given
+
+
+def hpu_backend(graph, examples, **options):
+    """Stands for the vendor's compiler."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    COMPILED.append(len(graph.graph.nodes))
+    return aot_eager(graph, examples)
+
+
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
     """The Gaudi backend; on the stand-in its device is the CPU, as optimum-habana's is then."""
     if hpu_place.PLACE == "standin":
         monkeypatch.setattr(HPUBackend, "why_unavailable", classmethod(lambda cls: None))
         monkeypatch.setattr(HPUBackend, "device", lambda self, index=None: torch.device("cpu"))
-    return paca.set_backend("hpu")
+    if hpu_place.LAZY:
+        return paca.set_backend("hpu")
+    torch._dynamo.reset()
+    if "hpu_backend" not in torch._dynamo.list_backends(()):
+        torch._dynamo.register_backend(hpu_backend, name="hpu_backend")
+    return paca.set_backend("hpu", graph="compile")
 
 
 def arguments(folder, **given):
@@ -55,6 +76,7 @@ def arguments(folder, **given):
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
+        **paca.get_backend().training_arguments(),
     }
     return paca.training_arguments_class()(output_dir=str(folder), **{**settings, **given})
 
@@ -181,32 +203,21 @@ def test_a_planted_item_a_mask_and_a_ragged_batch_are_reported_of_gaudi_trainer_
 
 @eager_only
 def test_compile_mode_compiles_once_without_graph_breaks_and_learns(tmp_path):
-    from torch._dynamo import register_backend
-    from torch._dynamo.backends.debugging import aot_eager
     from torch._dynamo.utils import counters
     from transformers import TrainerCallback
 
-    compiled = []
-
-    def hpu_backend(graph, examples, **options):
-        compiled.append(len(graph.graph.nodes))
-        return aot_eager(graph, examples)
-
-    if "hpu_backend" not in torch._dynamo.list_backends(()):
-        register_backend(hpu_backend, name="hpu_backend")
-    paca.set_backend("hpu", graph="compile")
+    COMPILED.clear()
     counters.clear()
     after = []
 
     class Count(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            after.append(len(compiled))
+            after.append(len(COMPILED))
 
-    defaults = {k: v for k, v in paca.get_backend().training_arguments().items() if k.startswith("torch_compile")}
-    trainer = trainer_for(tmp_path, [Count()], max_steps=20, **defaults)
+    trainer = trainer_for(tmp_path, [Count()], max_steps=20)
     before = loss_of(trainer)
     trainer.train()
-    assert compiled
+    assert COMPILED
     assert after == [after[0]] * 20
     assert dict(counters["graph_break"]) == {}
     assert loss_of(trainer) < 0.9 * before
@@ -220,6 +231,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, checkpointing):
     whole.train()
     resumed = trainer_for(tmp_path / "resumed", **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert bool(COMPILED) is not hpu_place.LAZY
     assert resumed.state.global_step == 4
     assert same(deltas(resumed.model), deltas(whole.model))
 
@@ -229,13 +241,12 @@ def test_merging_leaves_what_was_trained_and_unloading_what_was_pretrained(tmp_p
     trainer = trainer_for(tmp_path)
     trainer.train()
     model = trainer.model.cpu().eval()
+    other = copy.deepcopy(model)
     with torch.no_grad():
         trained = model(input_ids=tokens()).logits
         merged = model.merge_and_unload()
         assert torch.equal(merged(input_ids=tokens()).logits, trained)
-    again = trainer_for(tmp_path)
-    again.train()
-    found = weights_of(again.model.cpu().unload())
+    found = weights_of(other.unload())
     assert all(torch.equal(found[name], base[name]) for name in base)
 
 
@@ -273,13 +284,12 @@ def test_a_lazy_mode_that_the_process_does_not_have_is_refused(tmp_path):
         arguments(tmp_path, use_lazy_mode=not hpu_place.LAZY)
 
 
-@on_the_cpu
-def test_a_recipe_trains_through_gaudi_trainer_with_its_gaudi_section(tmp_path, capsys):
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe for a tiny model; its `gaudi:` section comes last."""
     import json
 
     from tiny_models import tokenizer
-
-    from paca.cli import main
 
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -291,14 +301,45 @@ def test_a_recipe_trains_through_gaudi_trainer_with_its_gaudi_section(tmp_path, 
         "per_device_train_batch_size: 2\nmax_steps: 8\npacking: true\nattn_implementation: eager\n"
         "gaudi:\n  throughput_warmup_steps: 2\n  use_fused_clip_norm: false\n"
     )
+    return str(tmp_path / "my.yaml")
+
+
+@on_the_cpu
+def test_a_recipe_trains_through_gaudi_trainer_with_its_gaudi_section(tmp_path, recipe, capsys):
+    import json
+
     from habana_frameworks.torch import calls
 
+    from paca.cli import main
+
     clipped = calls.count("fused_clip_norm")
-    assert main(["train", str(tmp_path / "my.yaml")]) == 0
+    assert main(["train", recipe]) == 0
     found = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert found["eval_loss"] < found["eval_before_loss"]
     assert calls.count("fused_clip_norm") == clipped
     assert "throughput_warmup_steps: 2" in (tmp_path / "out" / "recipe.yaml").read_text()
-    assert main(["train", str(tmp_path / "my.yaml"), "--gaudi", "{use_lazy_mod: true}"]) == 2
+    assert main(["train", recipe, "--gaudi", "{use_lazy_mod: true}"]) == 2
     assert "gaudi: takes keys of GaudiTrainingArguments, found 'use_lazy_mod'" in capsys.readouterr().err
     assert os.environ["PT_HPU_LAZY_MODE"] == str(int(hpu_place.LAZY))
+
+
+@on_the_cpu
+@lazy_only
+def test_the_doctor_prints_the_vendors_count_beside_its_own_and_goes_by_both(recipe, capsys):
+    from habana_frameworks.torch import calls
+
+    from paca.cli import main
+
+    command = ["doctor", "--graphs", recipe, "--steps", "4"]
+    assert main(command) == 0
+    assert "compiled, by the vendor  0, 0, 0, 0 in steps 1 to 4" in capsys.readouterr().out
+
+    def compile_anew(name, facts):
+        if name == "optimizer_adamw":
+            calls.note("graph_compilation")
+
+    with calls.listening(compile_anew):
+        assert main(command) == 2
+    said = capsys.readouterr()
+    assert "compiled, by the vendor  1, 1, 1, 1 in steps 1 to 4" in said.out
+    assert "compiled after that      0" in said.out
