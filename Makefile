@@ -21,7 +21,7 @@ LOCK := requirements/constraints.txt
 PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-quantisers test-gaudi lint format types build check-dist bench lock setup clean
+.PHONY: help demo test test-kernels test-quantisers test-gaudi gaudi-report lint format types build check-dist bench lock setup clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ test-quantisers: $(VENV)/.quantisers ## test on layers that HQQ and gptqmodel (G
 
 test-gaudi: $(VENV)/.installed ## run the real GaudiTrainer on a stand-in and on an emulated device, in an environment of its own
 	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh "$(VENV)"
+
+gaudi-report: $(VENV)/.quickstart ## on a Gaudi: write gaudi-report.txt, what only the device can show
+	ci/gaudi_report.sh "$(VENV)"
 
 lint: $(VENV)/.installed ## check style, formatting and which module may import which
 	$(BIN)/ruff check
