@@ -24,7 +24,7 @@ PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python
 .PHONY: help demo test test-kernels test-quantisers test-gaudi gaudi-report lint format types build check-dist bench lock setup clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.quickstart ## fine-tune a real pretrained model on real text, and show what changed
 	$(BIN)/paca train recipes/quickstart.yaml $(ARGS)

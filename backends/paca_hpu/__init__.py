@@ -118,8 +118,9 @@ class HPUBackend(Backend):
             return torch.compile(module, backend=self.compiler)  # type: ignore[return-value]
         if self.graph_mode is GraphMode.HPU_GRAPHS:
             for part in module.modules():
-                if hasattr(part, "write_again"):  # else a write that is due would become part of the graph
-                    part.write_again()
+                write = getattr(part, "write_again", None)
+                if callable(write):  # else a write that is due would become part of the graph
+                    write()
             cached: nn.Module = bridge.hpu().ModuleCacher(max_graphs=10)(model=module, inplace=True)
             return cached
         return module
