@@ -27,8 +27,9 @@ def random_entries(total: int, count: int, seed: int, name: str) -> Tensor:
     picked = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(picked) < count:
         drawn = torch.cat([picked, torch.randint(total, (count,), generator=generator, device="cpu")])
+        order = torch.arange(len(drawn), device="cpu")
         numbers, place = drawn.unique(return_inverse=True)
-        first = torch.full_like(numbers, len(drawn)).scatter_reduce_(0, place, torch.arange(len(drawn)), "amin")
+        first = torch.full_like(numbers, len(drawn)).scatter_reduce_(0, place, order, "amin")
         picked = drawn[first.sort().values][:count]  # in the order they were drawn in: the smallest are not preferred
     return picked.sort().values
 

@@ -386,9 +386,15 @@ def adapter_config(recipe: Recipe) -> PacaConfig:
         RecipeError: if it refuses a value.
     """
     try:
-        return PacaConfig(task_type=TASK_TYPES[recipe.run.task], revision=recipe.run.revision, **recipe.adapter)
+        config = PacaConfig(task_type=TASK_TYPES[recipe.run.task], revision=recipe.run.revision, **recipe.adapter)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+    if config.masked and recipe.run.quantization != "none":
+        raise RecipeError(
+            f"selection: {config.selection} trains entries that live in the weight, and quantization: "
+            f"{recipe.run.quantization} quantises it; choose columns (selection: random), or leave the model as it is"
+        )
+    return config
 
 
 def training_arguments(recipe: Recipe, data: Data, evaluate_only: bool = False) -> Any:

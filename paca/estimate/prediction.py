@@ -92,7 +92,8 @@ def adapted_model(recipe: Recipe, config: Any) -> Model:
     if settings.selection == "s2ft":  # of the targets it trains these, `r` columns of each in the mean
         named = READERS if targets is None or isinstance(targets, str) else set(targets) & READERS
         targets = targets if isinstance(targets, str) and targets != "all-linear" else sorted(named)
-    settings = replace(settings, selection="random", copermute=False, warmup_adapter=None, target_modules=targets)
+    alike = "mask_random" if settings.masked else "random"
+    settings = replace(settings, selection=alike, copermute=False, warmup_adapter=None, target_modules=targets)
     return Model(config, recipe.run.task, compute_dtype(recipe.run, config), settings, recipe.run.trust_remote_code)
 
 

@@ -94,6 +94,15 @@ def test_shapes_tell_what_a_real_step_takes(name: str, dtype: torch.dtype, chang
     assert told.at_peak["adapter"] == found.at_peak["adapter"]
 
 
+@pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"autocast": True}], ids=str)
+def test_masks_take_what_they_do_on_shapes(change: dict[str, Any]) -> None:
+    model, work = llama(2, torch.float32, selection="mask_random"), replace(WORK, **change)
+    told, found = footprint(model, METHODS["paca"], work), real_footprint(model, METHODS["paca"], work)
+    assert moving(told) == moving(found)
+    assert told.kept == found.kept
+    assert work.checkpointing or told.kept > footprint(llama(2, torch.float32), METHODS["paca"], work).kept
+
+
 def test_nf4_weights_take_what_bitsandbytes_stores() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     base = AutoModelForCausalLM.from_config(llama(2).config, dtype=torch.bfloat16)

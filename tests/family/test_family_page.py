@@ -56,6 +56,15 @@ def test_the_table_says_what_the_runs_say(family: ModuleType) -> None:
     assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 2 | 1,000 | 2.50 | not measured |"]
 
 
+def test_a_mask_on_a_quantised_model_is_refused_before_anything_is_read() -> None:
+    from paca.recipe import RecipeError, read_recipe
+    from paca.training import adapter_config
+
+    recipe = read_recipe(TOP / "recipes" / "family" / "mask.yaml", ["--quantization", "nf4"])
+    with pytest.raises(RecipeError, match="quantization: nf4 quantises it"):
+        adapter_config(recipe)
+
+
 def test_every_recipe_of_the_family_is_on_the_page() -> None:
     page = (TOP / "docs" / "family.md").read_text(encoding="utf-8")
     recipes = {path.name for path in (TOP / "recipes" / "family").glob("*.yaml")}

@@ -241,6 +241,8 @@ def test_a_saved_mask_has_its_own_tensors_and_loads_to_the_same_bits(tmp_path: P
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file is no dict
     kinds = {(key.rpartition(".")[2], tensor.dim(), tensor.dtype) for key, tensor in tensors.items()}
     assert kinds == {("paca_mask_delta", 1, torch.float32), ("paca_mask_indices", 1, torch.int32)}
+    empty = PeftModel.from_pretrained(tiny.llama(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(tiny.logits(empty), tiny.logits(model))
     again = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(model))
     again.save_pretrained(tmp_path / "again")
