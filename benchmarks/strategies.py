@@ -3,22 +3,25 @@
     python benchmarks/strategies.py --out benchmarks/results/strategies/cpu.json
     python benchmarks/strategies.py --report benchmarks/results/strategies/cpu.json      the table again, as Markdown
 
-Sizes are those of one linear layer, 1024 inputs and 2816 outputs, fed 1024 tokens. Each round runs all strategies once,
-in a new random order; a ratio is the median over rounds of a strategy's time to that of the first in the same round.
+Sizes are those of one linear layer, 1024 inputs and 2816 outputs, fed 1024 tokens, unless others are given. Each round
+runs all strategies once, in a new random order; a ratio is the median over rounds of a strategy's time to that of the
+first in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,24 +29,31 @@ import paca
 from paca.backend import Backend, Ops
 from paca.strategies import ColumnWrite, Form
 
-TOKENS, INPUTS, OUTPUTS = 1024, 1024, 2816
 LAYERS = 4  # whose columns are written in one call
 Call = Callable[[], object]
 
 
-def tensor_steps(backend: Backend, r: int, dtype: torch.dtype) -> dict[str, dict[str, Call]]:
+class Sizes(NamedTuple):
+    """Of the layer and what it is fed."""
+
+    tokens: int = 1024
+    inputs: int = 1024
+    outputs: int = 2816
+
+
+def tensor_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) -> dict[str, dict[str, Call]]:
     """Return a call for each strategy of each kind, by kind and name."""
-    device = backend.device()
+    device, (tokens, inputs, outputs) = backend.device(), sizes
     make = torch.Generator().manual_seed(0)
 
     def random_tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=make).to(device, of)
 
-    x, gy = random_tensor(TOKENS, INPUTS), random_tensor(TOKENS, OUTPUTS)
-    index = torch.randperm(INPUTS, generator=make)[:r].sort().values.to(device)
+    x, gy = random_tensor(tokens, inputs), random_tensor(tokens, outputs)
+    index = torch.randperm(inputs, generator=make)[:r].sort().values.to(device)
     xs = x[:, index].contiguous()
-    base, delta = random_tensor(OUTPUTS, r), random_tensor(OUTPUTS, r, of=torch.float32)
-    writes = [ColumnWrite(random_tensor(OUTPUTS, INPUTS), index, base, delta, 2.0) for _ in range(LAYERS)]
+    base, delta = random_tensor(outputs, r), random_tensor(outputs, r, of=torch.float32)
+    writes = [ColumnWrite(random_tensor(outputs, inputs), index, base, delta, 2.0) for _ in range(LAYERS)]
     run: dict[str, Callable[[Ops], Call]] = {
         "gather": lambda ops: lambda: ops.gather(x, index),
         "grad_columns": lambda ops: lambda: ops.grad_columns(gy, xs, 2.0),
@@ -57,21 +67,23 @@ def tensor_steps(backend: Backend, r: int, dtype: torch.dtype) -> dict[str, dict
     }
 
 
-def quantised_steps(backend: Backend, r: int, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Call]]:
+def quantised_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) -> dict[str, dict[str, Call]]:
     """Return a call for both forms of a product with an NF4 weight, in training and without gradients."""
     import peft
     from bitsandbytes.nn import Linear4bit
 
+    tokens, inputs, outputs = sizes
+
     def layer(form: Form) -> torch.nn.Module:
         torch.manual_seed(0)
-        quantised = Linear4bit(INPUTS, OUTPUTS, bias=False, quant_type="nf4", compute_dtype=dtype).to(backend.device())
+        quantised = Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compute_dtype=dtype).to(backend.device())
         with paca.use_backend(backend.name, quantised=form.value):
             model = peft.get_peft_model(
                 torch.nn.Sequential(quantised), paca.PacaConfig(r=r, paca_alpha=r, target_modules=["0"])
             )
         return model.get_submodule("base_model.model.0")
 
-    x = torch.randn(tokens, INPUTS).to(backend.device(), dtype)
+    x = torch.randn(tokens, inputs).to(backend.device(), dtype)
     layers = {form.value: layer(form) for form in Form}
 
     def train(one: torch.nn.Module) -> Call:
@@ -102,16 +114,19 @@ def measure(backend: Backend, calls: dict[str, Call], rounds: int) -> dict[str, 
     return times
 
 
-def record(backend: Backend, rounds: int) -> dict[str, Any]:
+def record(backend: Backend, rounds: int, sizes: Sizes) -> dict[str, Any]:
     """Time everything and return the raw result."""
     random.seed(0)
     results = []
+    has_nf4 = importlib.util.find_spec("bitsandbytes") is not None
+    if not has_nf4:
+        print("bitsandbytes is not installed: products with NF4 weights are left out", file=sys.stderr)
     for dtype in (torch.float32, torch.bfloat16):
         for r in (8, 64):
-            kinds = tensor_steps(backend, r, dtype)
-            if r == 64 and dtype is torch.float32:
-                for tokens in (1, TOKENS):
-                    kinds |= quantised_steps(backend, r, dtype, tokens)
+            kinds = tensor_steps(backend, r, dtype, sizes)
+            if r == 64 and dtype is torch.float32 and has_nf4:
+                for tokens in (1, sizes.tokens):
+                    kinds |= quantised_steps(backend, r, dtype, sizes._replace(tokens=tokens))
             for kind, calls in kinds.items():
                 results.append(
                     {"kind": kind, "r": r, "dtype": str(dtype)[6:], "seconds": measure(backend, calls, rounds)}
@@ -125,6 +140,7 @@ def record(backend: Backend, rounds: int) -> dict[str, Any]:
         "paca": paca.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rounds": rounds,
+        "sizes": sizes._asdict(),
         "defaults": backend.strategies,
         "results": results,
     }
@@ -151,6 +167,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default=None, help="default: PACA_BACKEND or the best here")
     parser.add_argument("--rounds", type=int, default=30, help="default 30")
+    for name, size in Sizes()._asdict().items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"of the layer; default {size}")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the raw result there")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="show a raw result, and measure nothing")
     given = parser.parse_args()
@@ -158,7 +176,7 @@ def main() -> None:
         print(table(json.loads(given.report.read_text(encoding="utf-8"))))
         return
     backend = paca.set_backend(given.backend) if given.backend else paca.get_backend()
-    recorded = record(backend, given.rounds)
+    recorded = record(backend, given.rounds, Sizes(given.tokens, given.inputs, given.outputs))
     if given.out is not None:
         part = given.out.with_suffix(".part")
         part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")

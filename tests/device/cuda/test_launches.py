@@ -111,6 +111,17 @@ def test_the_kernels_are_one_operation_each(device, monkeypatch):
     assert backward.counted - frozen[1].counted == {"grad_columns": 7}
 
 
+@pytest.mark.parametrize("shared_input", ["together", "alone"])
+def test_the_default_strategies_add_one_operation_each_way(device, monkeypatch, shared_input):
+    if device.type != "cpu":
+        pytest.skip("with a GPU the profiler counts")
+    frozen = counted(block_of(monkeypatch, "cpu", torch.float32, frozen=True))
+    forward, backward = counted(block_of(monkeypatch, "cpu", torch.float32, shared_input=shared_input))
+    assert forward.counted - frozen[0].counted == {"index_select": 4}
+    assert backward.counted["grad_columns"] == 7
+    assert backward.total - frozen[1].total == (7 if shared_input == "alone" else 4)
+
+
 def kernels_in(run):
     """Names of the kernels that a function launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
