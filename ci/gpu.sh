@@ -87,7 +87,7 @@ if [[ $stage != tests ]]; then
         step strategies 90 "$PYTHON" benchmarks/strategies.py --backend "$BACKEND" --rounds 20 \
             --tokens 4096 --inputs 4096 --outputs 14336 --out "$RESULTS/strategies/$BACKEND.json"
     fi
-    left=$("$PYTHON" -c "print(max(0, $end - $SECONDS - 15) / 60)")
+    left=$("$PYTHON" -c "print(max(0, $end - $SECONDS - 40) / 60)")
     if [[ $left != 0.0 ]]; then
         # shellcheck disable=SC2086
         step bench 100000 "$PYTHON" -m paca bench --suite gpu --backend "$BACKEND" --out "$RESULTS" --minutes "$left" \

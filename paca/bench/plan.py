@@ -142,8 +142,9 @@ def _do(planned: Run, out: Path, seconds: float | None) -> int | None:
     unfinished = out.parent / UNFINISHED / out.name
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "paca.bench", *planned.arguments, f"--out={unfinished}"]
-    # A session of its own, so that the processes which it starts for peaks and limits end with it.
+    # A session of its own, so that the processes which it starts for peaks and limits end with it; and it ends with us.
     process = subprocess.Popen(command, env=child_environment(1), start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -153,6 +154,8 @@ def _do(planned: Run, out: Path, seconds: float | None) -> int | None:
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for made in unfinished.parent.glob(f"{out.stem}.*") if status == 0 else ():
         made.replace(out.parent / made.name)
     return status

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -209,6 +213,22 @@ def test_a_run_that_does_not_end_in_time_is_stopped_and_is_to_be_done_again(
     assert not list(tmp_path.glob("*.json"))
     plan.run(run, tmp_path, dry=True)
     assert "eager-1x512 (to do)" in capsys.readouterr().out
+
+
+def test_a_plan_that_is_ended_ends_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[call-overload]
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(SystemExit):
+        plan.run(runs_of_tiny_size("eager-1x512"), tmp_path)
+    assert started[0].wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
