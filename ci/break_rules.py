@@ -424,6 +424,20 @@ BREAKS = [
         "            schedule.every = steps + 1\n",
         "tests/family/test_schedules.py::test_columns_are_chosen_anew_at_the_end_of_each_epoch",
     ),
+    Break(
+        "compile: each layer's columns are part of its graph",
+        "paca/layer.py",
+        "        if columns.slices is not None:\n",
+        "        if len(columns.runs) < 1 or columns.slices is not None:\n",
+        "tests/graph/test_compile.py::test_decoder_blocks_compile_whole_and_once_and_train_as_eager_does[resident]",
+    ),
+    Break(
+        "plan: a run that was stopped counts as done",
+        "paca/bench/plan.py",
+        "    unfinished = out.parent / UNFINISHED / out.name\n",
+        "    unfinished = out\n    unfinished.parent.mkdir(parents=True, exist_ok=True)\n    out.touch()\n",
+        "tests/bench/test_gpu_suite.py::test_a_run_that_does_not_end_in_time_is_stopped_and_is_to_be_done_again",
+    ),
 ]
 
 
