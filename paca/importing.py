@@ -35,6 +35,7 @@ def import_adapter(folder: Path, out: Path, base: str | None = None) -> str:
         return "LoRA with one-hot A"
     refuse_full(out)
     saved = read_adapter(folder)
+    saved.refuse_mask("import")
     source = base or saved.config.base_model_name_or_path
     if not source:
         raise AdapterError(f"{folder} does not name its base model; say it with --base, so that widths are known")

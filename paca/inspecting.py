@@ -41,18 +41,18 @@ def summary(adapters: Mapping[str, SavedAdapter], layers: bool = False) -> list[
     """
     lines = []
     for name, adapter in adapters.items():
-        made = changes(adapter)
+        made, unit = changes(adapter), _unit(adapter)
         total = sum(change.parameters for change in made)
         norm = sum(change.norm**2 for change in made) ** 0.5
         lines += [
-            f"{name}: {len(made)} layers, {sum(change.columns for change in made):,} columns, {total:,} parameters, "
+            f"{name}: {len(made)} layers, {sum(change.columns for change in made):,} {unit}, {total:,} parameters, "
             f"‖update‖ {norm:.4g}",
             *(f"  also {key}" for key in adapter.others),
         ]
         if layers:
-            lines.append(f"  {'layer':<44}{'columns':>12}{'‖update‖':>12}{'largest':>9}{'idle':>6}")
+            lines.append(f"  {'layer':<44}{unit:>16}{'‖update‖':>12}{'largest':>9}{'idle':>6}")
             lines += [
-                f"  {change.name:<44}{_of(change.columns, change.width):>12}{change.norm:>12.4g}{change.largest:>9}"
+                f"  {change.name:<44}{_of(change.columns, change.width):>16}{change.norm:>12.4g}{change.largest:>9}"
                 f"{change.idle:>6}"
                 for change in made
             ]
@@ -60,7 +60,7 @@ def summary(adapters: Mapping[str, SavedAdapter], layers: bool = False) -> list[
             kinds: dict[str, list[Any]] = defaultdict(list)
             for change in made:
                 kinds[change.name.rpartition(".")[2]].append(change)
-            lines.append(f"  {'module':<20}{'layers':>8}{'columns':>16}{'‖update‖ mean':>16}{'largest':>10}{'idle':>6}")
+            lines.append(f"  {'module':<20}{'layers':>8}{unit:>16}{'‖update‖ mean':>16}{'largest':>10}{'idle':>6}")
             for kind, group in kinds.items():
                 norms = [change.norm for change in group]
                 widths = sorted({_of(change.columns, change.width) for change in group})
@@ -70,7 +70,8 @@ def summary(adapters: Mapping[str, SavedAdapter], layers: bool = False) -> list[
                 )
         lines.append("")
     if len(adapters) > 1:
-        lines.append(f"{'where they meet':<44}{'shared columns':>18}{'by chance':>12}{'cosine':>10}")
+        unit = _unit(next(iter(adapters.values())))
+        lines.append(f"{'where they meet':<44}{f'shared {unit}':>18}{'by chance':>12}{'cosine':>10}")
         for (one, two), met in overlaps(adapters).items():
             share = f"{met.shared:,} of {min(met.first, met.second):,}"
             chance = "-" if met.by_chance is None else f"{met.by_chance:,.1f}"
@@ -127,6 +128,11 @@ def draw(adapters: Mapping[str, SavedAdapter], path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     figure.savefig(unfinished, dpi=150, format="png")
     os.replace(unfinished, path)
+
+
+def _unit(adapter: SavedAdapter) -> str:
+    """What an adapter trains."""
+    return "entries" if adapter.config.masked else "columns"
 
 
 def _of(columns: int, width: int | None) -> str:
