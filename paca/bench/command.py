@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from paca.bench.base import BASES, FAMILIES
 from paca.bench.environment import MALLOC_SETTINGS, start_again_unless_set, wanted_environment
 from paca.bench.methods import FORMS, Method, parse_methods
 from paca.bench.setting import GRAPHS, PLAIN, Setting
@@ -23,6 +24,8 @@ EXAMPLES = """examples:
   paca bench --suite cpu --out cpu.json             the numbers of docs/benchmarks.md
   paca bench --methods paca-r16,lora-r16 --rounds 30
   paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
+  paca bench --base nf4 --methods paca-r64,lora-r64 --dtype bfloat16
+                                                    QPaCA against QLoRA
   paca bench --suite gpu --out gpu                  everything about GPUs in docs/benchmarks.md; --dry-run lists it
   paca bench --suite gpu --out gpu --minutes 9      as much of it as fits; the same command goes on where it stopped
   paca bench --suite switch                         what a switch of adapters costs
@@ -164,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{size.name.replace('_', '-')}", type=int, metavar="N", help=f"another number for {size.name}"
         )
     what.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations; default float32")
+    what.add_argument(
+        "--base",
+        choices=BASES,
+        default="none",
+        help="format of the frozen weights, floor's too, so that lora is QLoRA and paca QPaCA; default none",
+    )
     what.add_argument("--checkpointing", action="store_true", help="recompute each decoder layer in backward")
     what.add_argument("--liger", action="store_true", help="Liger's fused norms, rotary embeddings and SwiGLU")
     what.add_argument(
@@ -240,6 +249,13 @@ def _options(given: argparse.Namespace) -> Options:
         if found < least:
             raise ValueError(f"{option} must be at least {least}, found {found}")
     methods = parse_methods(given.methods if given.methods is not None else suite.methods)
+    if given.base != "none":
+        if suite.switches:
+            raise ValueError(f"--suite {given.suite} takes no --base")
+        unfit = [method.name for method in methods if method.family not in FAMILIES]
+        if unfit and given.methods is not None:
+            raise ValueError(f"--base {given.base} leaves nothing for {unfit[0]} to train; take {', '.join(FAMILIES)}")
+        methods = tuple(method for method in methods if method.name not in unfit)
     narrowest = min(narrow for narrow, _ in shape.linears)
     for method in methods:
         if method.rank > narrowest:
@@ -249,7 +265,7 @@ def _options(given: argparse.Namespace) -> Options:
     plot = None if given.no_plot or suite.switches else given.plot or out.with_suffix(".png")
     if plot is not None:
         _check_output("--plot", plot, (".png", ".svg", ".pdf"))
-    setting = Setting(given.checkpointing, given.liger, given.graph, _strategies(given.strategies))
+    setting = Setting(given.checkpointing, given.liger, given.graph, _strategies(given.strategies), given.base)
     setting.check()
     return Options(
         setting=setting,
@@ -300,8 +316,9 @@ def _run_plan(given: argparse.Namespace, arguments: list[str]) -> int:
     """Do the runs of a suite that is a plan, each in a process of its own."""
     from paca.bench import plan
 
-    if given.methods is not None:
-        raise ValueError(f"--suite {given.suite} has its own methods; leave --methods out")
+    for option, found in (("--methods", given.methods), ("--base", None if given.base == "none" else given.base)):
+        if found is not None:
+            raise ValueError(f"--suite {given.suite} has its own {option[2:]}; leave {option} out")
     if given.minutes is not None and not given.minutes > 0:
         raise ValueError(f"--minutes takes a positive number, found {given.minutes}")
     _caps(given.caps)

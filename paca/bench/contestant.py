@@ -44,7 +44,8 @@ class Contestant:
         device = backend.device()
         self.backend = backend
         self.seed, self.dtype = seed, dtype
-        self.model = setting.apply_to(method.prepare(setting.fuse(stack.build(shape, dtype, device, seed)), shape))
+        built = stack.build(shape, dtype, device, seed, setting.base)
+        self.model = setting.apply_to(method.prepare(setting.fuse(built), shape))
         self.run = backend.capture(self.model) if setting.graph == "whole" else self.model
         self.resize(shape)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -86,6 +86,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             result.methods[name] = made
             if timed:
                 contestants[name] = contestant
+            del contestant  # before the next one is made: two may not fit
         if timed:
             time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save)
         contestants.clear()

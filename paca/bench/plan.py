@@ -24,12 +24,15 @@ EVERY = f"floor,paca-r8,paca-r64,paca-upstream-r8,{LORAS},lora-nocast-r64,dora-r
 STRONGEST = "floor,paca-r8,paca-r64,paca-upstream-r8,lora-r8,lora-nocast-r8"
 FITTED = "floor,paca-r8,lora-r8,lora-nocast-r8,full"
 IN_FLOAT8 = "floor,paca-r8,paca-r64,lora-nocast-r8"
+QUANTISED = "floor,paca-r64,lora-r64,lora-nocast-r64"
+LARGE_CAPS = "80,141"  # GB of the cards that a 70B model in 4 bits is meant for
 SIZES = ((1, 4096), (1, 512), (1, 8192), (2, 4096), (4, 512), (16, 512), (2, 512), (8, 512), (2, 8192))
 # The most telling runs: each answers one of the questions of docs/benchmarks.md. They come before all others, in case
 # the time does not suffice for all.
 FIRST = (
     *("eager-1x4096", "eager-1x512", "graph-1x512", "compile-1x512", "liger-1x4096", "eager-1x8192"),
     *("limits-liger-80gb", "limits-eager-80gb", "checkpointing-1x4096", "liger-1x8192", "fp8-1x4096", "compile-1x4096"),
+    *("qpaca-1x4096", "qpaca-checkpointing-1x4096", "qpaca-70b"),
 )
 UNFINISHED = "unfinished"
 # A run with less time than this left is not started: imports, building the models and compiling take their time.
@@ -66,7 +69,8 @@ def gpu(
         only: words of which a run's name must contain one; all runs if there are none.
     """
     own = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items() if name not in ("batch", "tokens")]
-    common = [f"--shape={shape}", *own, "--dtype=bfloat16", f"--backend={backend}", "--keep-going"]
+    rest = [*own, "--dtype=bfloat16", f"--backend={backend}", "--keep-going"]
+    common = [f"--shape={shape}", *rest]
     timed = [*common, f"--rounds={rounds}", f"--warmup={warmup}"]
     whole = [*common, *([] if "layers" in sizes else ["--layers=32"])]
     batches = [(sizes.get("batch", batch), sizes.get("tokens", tokens)) for batch, tokens in SIZES]
@@ -91,6 +95,21 @@ def gpu(
         for name, _, extra in variants[:2]:
             fit = ["--measure=limits", f"--caps={cap}", "--batch=1", f"--tokens={sizes.get('tokens', 512)}"]
             runs.append(Run(f"limits-{name}-{cap}gb", (*whole, *fit, f"--methods={FITTED}", *extra)))
+    for name, extra in (("qpaca", []), ("qpaca-checkpointing", ["--checkpointing"])):
+        for batch, tokens in dict.fromkeys(batches[:2]):
+            runs.append(
+                Run(
+                    f"{name}-{batch}x{tokens}",
+                    (
+                        *whole,
+                        *(f"--rounds={rounds}", f"--warmup={warmup}", f"--batch={batch}", f"--tokens={tokens}"),
+                        *("--measure=time,bytes,peak", "--base=nf4", f"--methods={QUANTISED}", *extra),
+                    ),
+                )
+            )
+    large = [f"--shape={'llama-3-70b' if shape == 'llama-3-8b-train' else shape}", *rest]
+    fit = ["--measure=peak,limits", f"--caps={LARGE_CAPS}", "--batch=1", f"--tokens={sizes.get('tokens', 512)}"]
+    runs.append(Run("qpaca-70b", (*large, *fit, "--base=nf4", "--checkpointing", f"--methods={QUANTISED}")))
     runs.sort(key=lambda run: FIRST.index(run.name) if run.name in FIRST else len(FIRST))
     return [run for run in runs if not only or any(word in run.name for word in only)]
 

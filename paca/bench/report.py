@@ -48,6 +48,8 @@ def conditions(result: Result | SwitchResult) -> list[str]:
     settings = result.settings
     extras = [name for name in ("checkpointing", "liger") if settings.get(name)]
     extras += [settings["graph"]] if settings.get("graph", "eager") != "eager" else []
+    if settings.get("base", "none") != "none":
+        extras.insert(0, f"frozen weights {settings['base']}")
     lines = [
         f"{shape.layers} Llama layers, hidden {shape.hidden}, ffn {shape.ffn}, heads {shape.heads}/{shape.kv_heads}, "
         f"batch {shape.batch} x {shape.tokens} tokens, {', '.join([settings['dtype'], *extras])}{optimizer}",

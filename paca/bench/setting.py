@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from paca.bench import base
+
 # What transformers calls gradient checkpointing; it was renamed in version 5.
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 GRAPHS = ("eager", "compile", "whole")
@@ -24,12 +26,14 @@ class Setting:
         liger: use Liger's kernels for norms, rotary embeddings and SwiGLU.
         graph: "eager"; "compile", each decoder layer by torch.compile; or "whole", the model in the backend's mode.
         strategies: of the backend that are not its defaults.
+        base: format of the frozen linear weights, see `paca.bench.base`.
     """
 
     checkpointing: bool = False
     liger: bool = False
     graph: str = "eager"
     strategies: Mapping[str, str] = field(default_factory=dict)
+    base: str = "none"
 
     def check(self) -> None:
         """Refuse what this installation cannot do.
@@ -39,6 +43,7 @@ class Setting:
         """
         if self.liger and find_spec("liger_kernel") is None:
             raise ValueError("--liger needs the package liger-kernel: pip install liger-kernel")
+        base.check(self.base)
 
     def fuse(self, model: nn.Module) -> nn.Module:
         """Put fused kernels into a new stack and return it."""

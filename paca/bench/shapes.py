@@ -64,6 +64,8 @@ SHAPES = {
     "decode": Shape(layers=4, hidden=1024, ffn=2816, heads=16, kv_heads=4, batch=1, tokens=16),
     # Four layers with Llama-3-8B's dimensions, of which a dozen copies fit on a large GPU.
     "llama-3-8b-train": Shape(layers=4, hidden=4096, ffn=14336, heads=32, kv_heads=8, batch=1, tokens=4096),
+    # Layers of Llama-3.1-70B; all 80 of them hold 35 GB in NF4.
+    "llama-3-70b": Shape(layers=80, hidden=8192, ffn=28672, heads=64, kv_heads=8, batch=1, tokens=512),
     # Two layers with Llama-3-8B's dimensions, few tokens: enough to count bytes, too few to time.
     "llama-3-8b": Shape(layers=2, hidden=4096, ffn=14336, heads=32, kv_heads=8, batch=1, tokens=16),
 }

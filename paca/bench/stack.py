@@ -9,21 +9,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from paca.bench.base import quantise
 from paca.bench.shapes import Shape
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, base: str = "none") -> nn.Module:
     """Return a `LlamaModel` in training mode; the same weights for the same seed on the same device.
 
     The vocabulary is a stub: the stack is fed embeddings, and no loss is taken, since both cost every method alike.
+
+    Args:
+        shape: its sizes.
+        dtype: of weights and activations.
+        device: where it is made. Layers are made and quantised one by one, so that a model fits that is too large in
+            `dtype`.
+        seed: of the weights.
+        base: format of the frozen linear weights, see `paca.bench.base`.
     """
     from transformers import LlamaConfig, LlamaModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     settings: dict[str, Any] = {"attn_implementation": "sdpa"}  # not in the signature
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=0,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=max(shape.tokens, 2048),
@@ -37,8 +47,13 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         device,
     ):  # drawn there: 8 B weights take long on a CPU
         torch.manual_seed(seed)
-        model: nn.Module = LlamaModel(config)
-    return model.to(device).train()
+        model: Any = LlamaModel(config)
+        for number in range(shape.layers):
+            layer = LlamaDecoderLayer(config, number).apply(model._init_weights)
+            model.layers.append(quantise(layer, base, dtype))
+        config.num_hidden_layers = shape.layers
+    made: nn.Module = model.to(device).train()
+    return made
 
 
 def batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ def tables_of(results: dict[str, Result]) -> list[Table]:
         _ratios(timed, FLOOR, "Step time / frozen floor, median of the rounds' ratios"),
         _ratios(timed, LORA, "Step time / LoRA r=8 with adapters in the weight's dtype"),
         _ratios(timed, "lora-r8", "Step time / LoRA r=8 as PEFT makes it"),
+        _ratios(timed, "lora-r64", "Step time / LoRA r=64 as PEFT makes it"),
+        _peaks(results, "lora-r64", "Highest memory, weights included / LoRA r=64 as PEFT makes it"),
         _ratios(timed, "paca-upstream-r8", "Step time / the way of PEFT 0.22's PaCA"),
     ]
     made += [table for result in results.values() if (table := report.limits(result)) is not None]
@@ -49,6 +51,19 @@ def _ratios(timed: dict[str, Result], over: str, title: str) -> Table:
             mine, theirs = result.methods.get(method), result.methods[over]
             whole = mine is not None and len(mine.samples) == len(theirs.samples)
             cells.append(f"{ratio(mine, theirs, 'step', result.clock).median:.3f}" if mine and whole else "-")
+        rows.append([label, *cells])
+    return Table(title, ["method", *runs], rows if runs else [])
+
+
+def _peaks(results: dict[str, Result], over: str, title: str) -> Table:
+    runs = {name: result for name, result in results.items() if over in result.methods and result.methods[over].peak}
+    methods = {name: method.label for result in runs.values() for name, method in result.methods.items()}
+    rows = []
+    for method, label in methods.items():
+        cells = []
+        for result in runs.values():
+            mine, theirs = result.methods.get(method), result.methods[over].peak
+            cells.append(f"{mine.peak.peak / theirs.peak:.3f}" if mine and mine.peak and theirs else "-")
         rows.append([label, *cells])
     return Table(title, ["method", *runs], rows if runs else [])
 
