@@ -45,7 +45,8 @@ def _nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     made.weight = bnb.Params4bit(
         linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=made
     )
-    return made.to(linear.weight.device)  # which quantises
+    quantised: nn.Module = made.to(linear.weight.device)
+    return quantised
 
 
 def _int8(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
@@ -55,7 +56,8 @@ def _int8(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     )
     # from the CPU: elsewhere bitsandbytes does not quantise what is there already
     made.weight = bnb.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-    return made.to(linear.weight.device)  # which quantises
+    quantised: nn.Module = made.to(linear.weight.device)
+    return quantised
 
 
 _MAKE: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {"nf4": _nf4, "int8": _int8}

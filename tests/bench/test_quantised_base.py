@@ -138,8 +138,9 @@ def test_the_70b_run_works_with_tiny_sizes(tmp_path: Path) -> None:
     (run,) = plan.gpu(
         shape="tiny", sizes={"layers": 1, "tokens": 8}, rounds=1, warmup=1, caps="1", backend="cpu", only=["70b"]
     )
-    given = {"--caps=80,141": "--caps=0.001", f"--methods={plan.QUANTISED}": "--methods=floor"}  # a process each
-    small = plan.Run(run.name, tuple(given.get(argument, argument) for argument in run.arguments))
+    quick = {"--caps=80,141": "--caps=0.001", "--measure=peak,limits": "--measure=limits"}  # each a process
+    quick[f"--methods={plan.QUANTISED}"] = "--methods=paca-r64"
+    small = plan.Run(run.name, tuple(quick.get(argument, argument) for argument in run.arguments))
     assert plan.run([small], tmp_path) == 0
     result = read(tmp_path / "qpaca-70b.json")
-    assert all(method.peak is not None and method.limits[0].longest == 0 for method in result.methods.values())
+    assert all(method.limits[0].longest == 0 for method in result.methods.values())  # a megabyte holds no process
