@@ -262,7 +262,8 @@ def _options(given: argparse.Namespace) -> Options:
             raise ValueError(f"--methods: {method.name} has a rank above the stack's narrowest input, {narrowest}")
     out = given.out or Path(f"paca-bench-{given.suite}.json")
     _check_output("--out", out, (".json",))
-    plot = None if given.no_plot or suite.switches else given.plot or out.with_suffix(".png")
+    drawn = given.plot is not None or any(part != "limits" for part in measure)  # of limits there is no picture
+    plot = None if given.no_plot or suite.switches or not drawn else given.plot or out.with_suffix(".png")
     if plot is not None:
         _check_output("--plot", plot, (".png", ".svg", ".pdf"))
     setting = Setting(given.checkpointing, given.liger, given.graph, _strategies(given.strategies), given.base)
