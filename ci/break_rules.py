@@ -376,6 +376,20 @@ BREAKS = [
         "tests/device/hpu/test_hpu_graphs.py::test_a_ragged_last_batch_is_a_recompilation_with_the_line_and_the_shapes",
     ),
     Break(
+        "graphs: a write that is due becomes part of a recorded HPU graph",
+        "backends/paca_hpu/__init__.py",
+        "if callable(write):",
+        "if False:",
+        "tests/device/hpu/test_hpu_mode.py::test_columns_are_written_before_a_model_is_recorded",
+    ),
+    Break(
+        "checkpoints: the random state of another device stays behind unsaid",
+        "paca/checkpoint.py",
+        'return set(states) - {"python", "numpy", "cpu"}',
+        "return set()",
+        "tests/training/test_checkpoint.py::test_the_devices_whose_random_state_was_saved_are_named",
+    ),
+    Break(
         "float8: evaluation multiplies in float8, too",
         "paca/columns.py",
         'if training and self.residency == "resident" and',
@@ -445,7 +459,7 @@ def notices(planted: Break) -> bool:
     """Plant one defect in a copy of the project and run its tests; True if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "__pycache__", ".*_cache"))
         file = copy / planted.file
         source = file.read_text()
         if source.count(planted.old) != 1:

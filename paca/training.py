@@ -408,10 +408,10 @@ def training_arguments(recipe: Recipe, data: Data, evaluate_only: bool = False) 
     chosen = dict(recipe.training)
     known = training_arguments_class().__dataclass_fields__
     chosen = {key: value for key, value in get_backend().training_arguments().items() if key in known} | chosen
-    if get_backend().recipe_section == "gaudi":
-        section = recipe.run.gaudi or {}
+    if name := get_backend().recipe_section:
+        section = getattr(recipe.run, name) or {}
         if unknown := sorted(section.keys() - known.keys()):
-            logger.warning("paca: gaudi: %s: ignored, the Trainer in use has no such argument", ", ".join(unknown))
+            logger.warning("paca: %s: %s: ignored, the Trainer in use has no such argument", name, ", ".join(unknown))
         chosen |= {key: value for key, value in section.items() if key in known}
     if data.held_out:
         chosen.setdefault("eval_strategy", "epoch")
