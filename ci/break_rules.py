@@ -459,7 +459,8 @@ def notices(planted: Break) -> bool:
     """Plant one defect in a copy of the project and run its tests; True if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", ".cache", "runs", "__pycache__", ".*_cache"))
+        left_out = shutil.ignore_patterns(".git", ".venv", ".*cache", "runs", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=left_out)
         file = copy / planted.file
         source = file.read_text()
         if source.count(planted.old) != 1:
