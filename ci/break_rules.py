@@ -285,6 +285,13 @@ BREAKS = [
         f"{QUANTISED}::test_gradients_meet_the_float64_oracle_on_the_dequantised_weight",
     ),
     Break(
+        "quantised, merge: what one layer cannot do is found out after others were merged",
+        "paca/model.py",
+        "                layer.adapted.check_can_merge()",
+        "                pass",
+        f"{QUANTISED}::test_a_merge_that_one_layer_cannot_do_changes_none",
+    ),
+    Break(
         "quantised, only r channels are kept: the library's own autograd keeps the input",
         "paca/quantised.py",
         "ctx.save_for_backward(xs if ctx.needs_input_grad[3] else None, delta, index)",
