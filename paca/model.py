@@ -87,6 +87,7 @@ class PacaModel(BaseTuner):
         if config.selection == "largest_change" and config.columns is None:
             config = largest_changes(config, self.targets(model, config))
             self.peft_config[adapter_name] = config
+        self._refuse_moved_rows(model, config)
         ranks = self._ranks_of_columns(model, config)
         ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
         if ranks:  # columns are not saved with the config; how many there are must be
@@ -101,6 +102,17 @@ class PacaModel(BaseTuner):
         self._schedule(config, adapter_name)
         share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
+
+    def _refuse_moved_rows(self, model: nn.Module, config: PacaConfig) -> None:
+        """Keep adapters off layers whose rows were reordered: their files would have the rows in that order."""
+        if self._permutation is None:
+            return
+        moved = self._permutation.makers | (self._permutation.orders.keys() if config.masked else set())
+        if found := [name for name in self.targets(model, config) if name in moved]:
+            raise ValueError(
+                f"{found[0]} was reordered by an adapter with copermute, which only adapters of the same output and "
+                "down projections' columns allow for; unload that one first, or leave the layer out"
+            )
 
     @classmethod
     def _ranks_of_columns(cls, model: nn.Module, config: PacaConfig) -> dict[str, int]:

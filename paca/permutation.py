@@ -21,9 +21,10 @@ ORDER = "_paca_order"  # on a reader: the original column at each position, (in,
 
 @dataclass(frozen=True)
 class Permutation:
-    """What was reordered: by reader, the original column at each position."""
+    """What was reordered: by reader, the original column at each position; and the layers whose rows moved with it."""
 
     orders: Mapping[str, Tensor]
+    makers: frozenset[str]
 
     @torch.no_grad()
     def undo(self, model: nn.Module) -> None:
@@ -49,7 +50,7 @@ def copermute(model: nn.Module, columns: Mapping[str, list[int]]) -> Permutation
         ValueError: if a module is no reader that can be reordered, is reordered already, or a head would be torn apart.
     """
     known = blocks(model)
-    orders = {}
+    orders, makers = {}, set()
     for name, chosen in columns.items():
         block = known.get(name)
         if block is None:
@@ -65,11 +66,12 @@ def copermute(model: nn.Module, columns: Mapping[str, list[int]]) -> Permutation
             raise ValueError(f"{name}: columns must be whole groups of {unit}, which share a key head")
         rest = torch.ones(block.width, dtype=torch.bool)
         rest[first] = False
+        makers |= {f"{block.path}.{part}".lstrip(".") for part in block.makers}
         orders[name] = torch.cat([first, rest.nonzero().flatten()])
     for name, order in orders.items():
         _apply(model, known[name], order)
         setattr(model.get_submodule(name), ORDER, order)
-    return Permutation(orders)
+    return Permutation(orders, frozenset(makers))
 
 
 def _apply(model: nn.Module, block: Block, order: Tensor) -> None:

@@ -162,6 +162,13 @@ def test_a_saved_adapter_loads_into_a_co_permuted_model(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(model), wanted)
 
 
+@pytest.mark.parametrize("other", [{"target_modules": ["q_proj"]}, {"selection": "mask_random"}], ids=str)
+def test_an_adapter_on_reordered_rows_is_refused(other: dict[str, Any]) -> None:
+    model = tiny.adapted(tiny.llama(), copermute=True, **S2FT)
+    with pytest.raises(ValueError, match="was reordered by an adapter with copermute"):
+        model.add_adapter("other", tiny.config(**other))
+
+
 class Operations(TorchDispatchMode):
     """Names the operations that run."""
 
