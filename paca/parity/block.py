@@ -70,13 +70,14 @@ class ExactBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, tokens, width) to the same shape."""
-        linear: Callable[[str, Tensor], Tensor] = lambda name, value: ternary(getattr(self, name)(ternary(value)))  # noqa: E731
+        linear: Callable[[str, Tensor], Tensor] = lambda name, value: ternary(getattr(self, name)(value))  # noqa: E731
         heads: Callable[[Tensor], Tensor] = lambda value: value.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
-        q, k, v = (heads(linear(name, x)) for name in ("q_proj", "k_proj", "v_proj"))
+        inner = ternary(x)  # one tensor for all three, so that a backend may sum their gradients
+        q, k, v = (heads(linear(name, inner)) for name in ("q_proj", "k_proj", "v_proj"))
         attention = ternary(q @ k.transpose(-1, -2)) * self.causal
         mixed = ternary(attention @ v).transpose(1, 2).flatten(2)
-        x = x + linear("o_proj", mixed)
-        return x + linear("down_proj", torch.relu(linear("up_proj", x)))
+        x = x + linear("o_proj", ternary(mixed))
+        return x + linear("down_proj", torch.relu(linear("up_proj", ternary(x))))
 
 
 def draw_block(seed: int = 0) -> dict[str, Tensor]:

@@ -1,40 +1,21 @@
-"""The layers that are compared: their numbers, what must come out, and how far from it a result may be."""
+"""What is compared: layers with their numbers, and what must come out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from paca.parity.bounds import columns_bound, product_bound, rounding_bound
-from paca.parity.exact import Shape, draw
+from paca.parity.exact import draw, draw_index
 from paca.parity.formats import name_of
+from paca.parity.layouts import LAYOUTS, Bias, Layout, Storage
+from paca.parity.truth import columns_exact, truths
 from paca.strategies import adapted_columns
 
 BITWISE, BOUNDED, TRAJECTORY = "bitwise", "bounded", "trajectory"
 TIERS = (BITWISE, BOUNDED, TRAJECTORY)
-
-
-class Layout(NamedTuple):
-    """A shape, how its tokens are laid out, and which operand of the exact numbers is the wide one."""
-
-    shape: Shape
-    lead: tuple[int, ...]
-    wide: str
-
-
-# Sizes that no block divides, sizes that all do, and a single column. Sums are short on purpose: that is where the
-# rounding bound is tight, and exact numbers can be large.
-LAYOUTS = {
-    "odd": Layout(Shape(tokens=37, n_in=53, n_out=29, rank=5), (37,), "x"),
-    "blocks": Layout(Shape(tokens=64, n_in=64, n_out=48, rank=16), (2, 4, 8), "gy"),
-    "thin": Layout(Shape(tokens=6, n_in=20, n_out=33, rank=1), (2, 3), "x"),
-}
-INPUTS = ("x", "gy", "weight", "bias", "index", "delta", "delta_after")
-OUTPUTS = ("gathered", "y", "grad_input", "adapted", "grad_delta", "adapted_after", "y_after")
 
 
 @dataclass(frozen=True)
@@ -47,10 +28,12 @@ class Case:
         dtype: that the layer computes in.
         lead: the leading sizes of x, whose product is the number of tokens.
         alpha: the update is scaled by alpha / r.
-        inputs: by the names in INPUTS: x (tokens, in), gy (tokens, out), weight (out, in), bias (out,) in `dtype`;
+        storage: how the layer keeps its weight; here all weights are (out, in).
+        bias: what the layer does with its bias.
+        inputs: x (tokens, in), gy (tokens, out), weight (out, in) and, unless there is none, bias (out,) in `dtype`;
             index (r,) int64; delta and delta_after (out, r) float32.
-        expected: by the names in OUTPUTS; what the recording machine computed. In the bitwise tier that is what
-            every machine must.
+        expected: by the names that `truth.truths` gives: what the recording machine computed. In the bitwise tier that
+            is what every machine must.
     """
 
     name: str
@@ -58,6 +41,8 @@ class Case:
     dtype: torch.dtype
     lead: tuple[int, ...]
     alpha: float
+    storage: Storage
+    bias: Bias
     inputs: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
 
@@ -66,13 +51,18 @@ class Case:
         """Alpha / r."""
         return self.alpha / len(self.inputs["index"])
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What `inputs` holds."""
+        bias = () if self.bias is Bias.NONE else ("bias",)
+        return "x", "gy", "weight", *bias, "index", "delta", "delta_after"
 
-class Truth(NamedTuple):
-    """An exact result in float64, the dtype it comes in, and how far a computed one may be from it (None: not)."""
-
-    exact: Tensor
-    dtype: torch.dtype
-    bound: Tensor | None
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What `expected` holds."""
+        bias = ("grad_bias",) if self.bias is Bias.TRAINED else ()
+        of_input = "gathered", "y", "grad_input", "grad_input_sum"
+        return *of_input, "adapted", "grad_delta", *bias, "adapted_after", "y_after"
 
 
 def new_cases(dtype: torch.dtype, seed: int = 0) -> Iterator[Case]:
@@ -85,17 +75,17 @@ def new_cases(dtype: torch.dtype, seed: int = 0) -> Iterator[Case]:
 
 def exact_case(name: str, layout: Layout, dtype: torch.dtype, generator: torch.Generator) -> Case:
     """Make a case of the bitwise tier."""
-    numbers = draw(layout.shape, dtype, generator, layout.wide)
-    inputs = {key: _stored(getattr(numbers, key), key, dtype) for key in INPUTS}
-    case = Case(name, BITWISE, dtype, layout.lead, numbers.alpha, inputs, {})
-    adapted = (_columns_exact(case, after) for after in (False, True))
-    expected = {key: truth.exact.to(truth.dtype) for key, truth in truths(case, *adapted).items()}
-    return Case(name, BITWISE, dtype, layout.lead, numbers.alpha, inputs, expected)
+    numbers = draw(layout.shape, dtype, generator, layout.wide, layout.bias is Bias.TRAINED)
+    case = Case(name, BITWISE, dtype, layout.lead, numbers.alpha, layout.storage, layout.bias, {}, {})
+    case = replace(case, inputs={key: _stored(getattr(numbers, key), key, dtype) for key in case.input_names})
+    return _with_results(case, *(columns_exact(case, after) for after in (False, True)))
 
 
 def real_case(name: str, layout: Layout, dtype: torch.dtype, generator: torch.Generator) -> Case:
     """Make a case of the bounded tier; its results are correctly rounded ones until a machine records its own."""
     shape = layout.shape
+    alpha = shape.rank * 2 / 3  # a scale that rounds
+    case = Case(name, BOUNDED, dtype, layout.lead, alpha, layout.storage, layout.bias, {}, {})
     sizes = {
         "x": (shape.tokens, shape.n_in),
         "gy": (shape.tokens, shape.n_out),
@@ -107,13 +97,9 @@ def real_case(name: str, layout: Layout, dtype: torch.dtype, generator: torch.Ge
     drawn = {key: torch.randn(size, generator=generator, dtype=torch.float64) for key, size in sizes.items()}
     for key in ("delta", "delta_after"):  # on a grid, so that an optimizer's step from one to the other is exact
         drawn[key] = (drawn[key] * 2**12).round() / 2**12
-    drawn["index"] = torch.randperm(shape.n_in, generator=generator)[: shape.rank].sort().values
-    inputs = {key: _stored(drawn[key], key, dtype) for key in INPUTS}
-    alpha = shape.rank * 2 / 3  # a scale that rounds
-    case = Case(name, BOUNDED, dtype, layout.lead, alpha, inputs, {})
-    adapted = [adapted_weight(case, after) for after in (False, True)]
-    expected = {key: truth.exact.to(truth.dtype) for key, truth in truths(case, *adapted).items()}
-    return Case(name, BOUNDED, dtype, layout.lead, alpha, inputs, expected)
+    drawn["index"] = draw_index(shape, generator)
+    case = replace(case, inputs={key: _stored(drawn[key], key, dtype) for key in case.input_names})
+    return _with_results(case, *(adapted_weight(case, after) for after in (False, True)))
 
 
 def adapted_weight(case: Case, after: bool) -> Tensor:
@@ -123,51 +109,10 @@ def adapted_weight(case: Case, after: bool) -> Tensor:
     return case.inputs["weight"].index_copy(1, case.inputs["index"], columns)
 
 
-def truths(case: Case, adapted: Tensor, adapted_after: Tensor) -> dict[str, Truth]:
-    """Compute every result of a case in float64 and bound the error of each.
-
-    Args:
-        case: whose inputs to use.
-        adapted: the weight that the machine in question computed with, (out, in).
-        adapted_after: the same after the optimizer's step. Both are compared with the truth themselves.
-    """
-    dtype, index, scale = case.dtype, case.inputs["index"], case.scale
-    x, gy, weight, bias, delta, delta_after = (
-        case.inputs[key].double() for key in ("x", "gy", "weight", "bias", "delta", "delta_after")
-    )
-    wide = torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
-    w, w_after, xs = adapted.double(), adapted_after.double(), x[:, index]
-    columns = gy.t() @ xs
-    columns_error = product_bound(gy.t(), xs, wide)
-    scaled_error = abs(scale) * columns_error + rounding_bound(abs(scale) * (columns.abs() + columns_error), wide)
-    found = {
-        "gathered": Truth(xs, dtype, None),
-        "y": Truth(x @ w.t() + bias, dtype, product_bound(x, w.t(), dtype, plus=bias, roundings=2)),
-        "grad_input": Truth(gy @ w, dtype, product_bound(gy, w, dtype)),
-        "adapted": Truth(_columns_exact(case, after=False), dtype, _columns_bound(weight, index, delta, scale, dtype)),
-        "grad_delta": Truth(scale * columns, wide, scaled_error),
-        "adapted_after": Truth(
-            _columns_exact(case, after=True), dtype, _columns_bound(weight, index, delta_after, scale, dtype)
-        ),
-        "y_after": Truth(x @ w_after.t() + bias, dtype, product_bound(x, w_after.t(), dtype, plus=bias, roundings=2)),
-    }
-    if case.tier == BITWISE:
-        return {key: Truth(truth.exact, truth.dtype, None) for key, truth in found.items()}
-    return found
-
-
-def _columns_exact(case: Case, after: bool) -> Tensor:
-    """Return the adapted weight in float64, unrounded."""
-    weight, index = case.inputs["weight"].double(), case.inputs["index"]
-    delta = case.inputs["delta_after" if after else "delta"].double()
-    return weight.index_add(1, index, case.scale * delta)
-
-
-def _columns_bound(weight: Tensor, index: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Bound the error of an adapted weight: none outside the trained columns."""
-    bound = torch.zeros_like(weight)
-    bound[:, index] = columns_bound(weight[:, index], delta, scale, dtype)
-    return bound
+def _with_results(case: Case, adapted: Tensor, adapted_after: Tensor) -> Case:
+    """Return the case with the exact results, rounded once, as those expected."""
+    found = truths(case, adapted, adapted_after)
+    return replace(case, expected={key: found[key].exact.to(found[key].dtype) for key in case.output_names})
 
 
 def _stored(values: Tensor, key: str, dtype: torch.dtype) -> Tensor:

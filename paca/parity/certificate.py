@@ -18,11 +18,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
-# Operations that sum, each linear in what it sums: on absolute values it gives Σ|a||b|.
-_SUMS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.dot, aten.mv, aten.linear, aten.sum}
-# Results that no number of the computation goes into: unwritten memory, random numbers, comparisons.
+# Sums of products: the last two tensors are multiplied, what stands before them is added.
+_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.dot, aten.mv}
+# Sums of elements.
+_ADDITIONS = {aten.sum, aten.index_add, aten.index_add_}
+# Each result comes of one element of each operand, so that there is no order: it is rounded, or it is not.
+_ELEMENTWISE = {aten.add, aten.add_, aten.sub, aten.mul, aten.mul_, aten.div, aten.round, aten.clamp, aten.relu}
+_ELEMENTWISE |= {aten.threshold_backward, aten.where, aten.tril, aten.nan_to_num}
+_ELEMENTWISE |= {aten._to_copy, aten._unsafe_view, aten.clone, aten.copy_, aten.fill_, aten.squeeze_}
+_ELEMENTWISE |= {aten.neg, aten.flip, aten.cat, aten.stack, aten.index_select, aten.index_copy, aten.index_copy_}
+_ELEMENTWISE |= {aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.eye, aten.scalar_tensor}
+# Results that no number of the computation goes into: unwritten memory, random numbers, comparisons, column numbers.
 _NO_VALUES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-_NO_VALUES |= {aten.uniform_, aten.normal_, aten.equal}
+_NO_VALUES |= {aten.uniform_, aten.normal_, aten.randint, aten.randperm}
+_NO_VALUES |= {aten.equal, aten.eq, aten.ne, aten.bitwise_and, aten.promote_types}
+_NO_VALUES |= {aten.sort, aten._unique2, aten.searchsorted}
+_BOOKKEEPING = {"profiler"}  # namespaces
 
 
 class NotExactError(ArithmeticError):
@@ -50,11 +61,13 @@ class Certificate(TorchDispatchMode):
         """Run one operation and prove it exact."""
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        if func.is_view or packet in _NO_VALUES or func.namespace != "aten":
+        if func.is_view or packet in _NO_VALUES or func.namespace in _BOOKKEEPING:
             return func(*args, **kwargs)
+        if packet not in _PRODUCTS | _ADDITIONS | _ELEMENTWISE:
+            raise NotExactError(f"{func} is none of the operations that can be proved exact")
         wide_args = tree_map(_widened, args)  # before an in-place operation changes them
         wide_kwargs = {name: _wide_dtype(tree_map(_widened, value)) for name, value in kwargs.items()}
-        if packet in _SUMS:
+        if packet not in _ELEMENTWISE:
             self._check_sum(func, args, kwargs)
         result = func(*args, **kwargs)
         exact = func(*wide_args, **wide_kwargs)
@@ -67,21 +80,19 @@ class Certificate(TorchDispatchMode):
         return result
 
     def _check_sum(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Bound every partial sum of an operation."""
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        # The last two are multiplied; what stands before them, and the bias of a linear, is added.
-        if func.overloadpacket is aten.sum:
-            place = _last_place(tensors[0])
-        elif func.overloadpacket is aten.linear:
-            place = min([_last_place(tensors[0]) + _last_place(tensors[1]), *map(_last_place, tensors[2:])])
-        else:
-            place = min([_last_place(tensors[-2]) + _last_place(tensors[-1]), *map(_last_place, tensors[:-2])])
-        wide = {name: _wide_dtype(value) for name, value in kwargs.items()}
+        """Bound every partial sum of an operation: on absolute values it gives Σ|a||b|."""
+        if not {abs(kwargs.get(factor, 1)) for factor in ("alpha", "beta")} <= {1}:
+            raise NotExactError(f"{func} with alpha or beta other than 1 and -1 cannot be proved exact")
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        places = list(map(_last_place, tensors))
+        if func.overloadpacket in _PRODUCTS:
+            places[-2:] = [places[-2] + places[-1]]
+        wide = {name: _wide_dtype(value) for name, value in kwargs.items() if name not in ("alpha", "beta")}
         total = func(*tree_map(lambda x: _widened(x, absolute=True), args), **wide)
         highest = float(total.max()) if total.numel() else 0.0
         if highest == 0.0:
             return
-        bits = math.log2(highest) - place
+        bits = math.log2(highest) - min(places)
         self.largest = max(self.largest, bits)
         if bits > self.accumulator_bits:
             raise NotExactError(

@@ -98,6 +98,8 @@ def record_to(folder: Path, backend: str | None) -> int:
 
     if (folder / "parity.json").exists():
         raise FileExistsError(f"{folder} holds a record already; choose another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_writable(folder / "parity.json")
     with use_backend(backend or get_backend().name) as chosen:
         made = make_record(chosen, say=_progress)
     write(made, folder)
@@ -108,7 +110,7 @@ def record_to(folder: Path, backend: str | None) -> int:
     for finding in report.failed:
         print(f"  {finding}")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    print(f"{folder}: {size:.2f} MB; verify it elsewhere with: paca parity verify {folder.name}")
+    print(f"{folder}: {size:.2f} MB; verify it elsewhere with: paca parity verify {folder.resolve().name}")
     return 0 if report.passed else 1
 
 
@@ -130,26 +132,45 @@ def verify_here(
     from paca.parity.table import text
     from paca.parity.verify import Selection, verify
 
-    report = verify(read(folder or REFERENCE), Selection(backends, tiers, graphs), say=_progress)
+    record = read(folder or REFERENCE)
+    for file in filter(None, (as_json, as_html)):
+        _check_writable(file)
+    report = verify(record, Selection(backends, tiers, graphs), say=_progress)
     print(text(report))
     if as_json is not None:
-        _write(as_json, json.dumps(report.as_json(), indent=1) + "\n")
+        _write(as_json, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
     if as_html is not None:
         _write(as_html, page(report))
     return 0 if report.passed else 1
 
 
 def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"… {line}", file=sys.stderr, flush=True)
+    print(f"… {line}", file=sys.stderr, flush=True)
+
+
+def _check_writable(file: Path) -> None:
+    """Find out before the work whether a file can be written after it.
+
+    Raises:
+        OSError: if not.
+    """
+    file = file.resolve()
+    if not file.exists() or file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _partial(file).touch()
+        _partial(file).unlink()
+    elif file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a file")
 
 
 def _write(file: Path, content: str) -> None:
     file = file.resolve()  # what a link means is written, not the link
-    file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and not file.is_file():  # /dev/stdout
         file.write_text(content, encoding="utf-8")
         return
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, file)
+    _partial(file).write_text(content, encoding="utf-8")
+    os.replace(_partial(file), file)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.partial")

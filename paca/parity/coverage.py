@@ -10,12 +10,12 @@ import torch
 
 from paca import registry
 from paca.backend import Backend
-from paca.parity.replay import OPERATIONS
+from paca.parity.operations import OPERATIONS
 
 # The dtypes that are compared where a backend's capabilities name them.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The fields of `Ops` that a layer with a dense weight uses.
+# The fields of `Ops` that a layer with a dense weight uses; the rest is for quantised ones, and no case has such.
 OF_DENSE_LAYERS = frozenset({*OPERATIONS, "runs_to_slice", "end_graph"})
 
 
@@ -96,10 +96,11 @@ def operation_choices(name: str) -> Iterator[OperationChoice]:
         for kind, known in backend.choices.items():
             for choice, fields in known.items():
                 for field in filter(OPERATIONS.__contains__, fields):
-                    yield OperationChoice(name, field, kind, choice)
+                    if fields[field] is not None:
+                        yield OperationChoice(name, field, kind, choice)
         named = {field for known in backend.choices.values() for how in known.values() for field in how}
         for field in OPERATIONS:
-            if field not in named:
+            if field not in named and getattr(backend.ops, field) is not None:
                 yield OperationChoice(name, field, "", "the only one")
 
 

@@ -17,25 +17,24 @@ from torch import Generator, Tensor
 
 from paca.parity.formats import SIGNIFICAND_BITS
 
-# Bits of an accumulator that may be used. The sum of float32 products is formed in float32 everywhere; for products of
-# narrower numbers some bits are left to accumulators that keep fewer than float32's 24.
-ACCUMULATOR_BITS = {torch.float64: 53, torch.float32: 24}
 NARROW_ACCUMULATOR_BITS = 20
 
 RESIDUAL_WEIGHTS = 2  # ±1 that do not cancel, for each row and column where the weight is square
 # 12 bits are one more than TF32 keeps, so that rounding an operand to it shows.
 WIDE_BITS = 12
+NARROW_BITS = 2  # that are left to the other operand, however many tokens there are
 SCALE = 2.0  # alpha / r
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one linear layer and its input."""
+    """Sizes of one linear layer and its input, and whether its trained columns are neighbours."""
 
     tokens: int
     n_in: int
     n_out: int
     rank: int
+    neighbours: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,15 @@ class LayerNumbers:
     alpha: float  # the update is scaled by alpha / r
 
 
+def accumulator_bits(dtype: torch.dtype) -> int:
+    """Return how many bits of an accumulator the sums of a dtype may use.
+
+    Those of float32 products are formed in float32 everywhere; for products of narrower numbers some bits are left to
+    accumulators that keep fewer than float32's 24.
+    """
+    return SIGNIFICAND_BITS[dtype] if dtype in (torch.float64, torch.float32) else NARROW_ACCUMULATOR_BITS
+
+
 def admissible_ranges(shape: Shape, dtype: torch.dtype, wide: str = "x") -> Ranges:
     """Derive from the shapes how large numbers may be.
 
@@ -83,7 +91,7 @@ def admissible_ranges(shape: Shape, dtype: torch.dtype, wide: str = "x") -> Rang
         ValueError: if the sums of such a shape cannot be exact in this dtype.
     """
     bits = SIGNIFICAND_BITS[dtype]
-    accumulator = ACCUMULATOR_BITS.get(dtype, NARROW_ACCUMULATOR_BITS)
+    accumulator = accumulator_bits(dtype)
     length_in, length_out = _log2(shape.n_in), _log2(shape.n_out)
     length_tokens = _log2(shape.tokens) + int(math.log2(SCALE))
     # A quarter of the output's range each for residual weights, terms of the odd pair, bias and trained columns.
@@ -91,12 +99,13 @@ def admissible_ranges(shape: Shape, dtype: torch.dtype, wide: str = "x") -> Rang
     x = quarter - _log2(max(_residual_weights(shape.n_out, shape.n_in), SCALE))
     gy = quarter - _log2(_residual_weights(shape.n_in, shape.n_out))
     weight = quarter
+    wide_bits = min(WIDE_BITS, accumulator - length_tokens - NARROW_BITS)
     if wide == "x":
-        x = min(x, WIDE_BITS)
+        x = min(x, wide_bits)
         weight = min(weight, accumulator - x - length_in - 1)
         gy = min(gy, accumulator - weight - length_out - 1, accumulator - x - length_tokens)
     else:
-        gy = min(gy, WIDE_BITS)
+        gy = min(gy, wide_bits)
         weight = min(weight, accumulator - gy - length_out - 1)
         x = min(x, accumulator - weight - length_in - 1, accumulator - gy - length_tokens)
     if min(x, gy, weight) < 0:
@@ -115,23 +124,36 @@ def _residual_weights(of: int, other: int) -> int:
 
 
 def _log2(n: float) -> int:
-    return math.ceil(math.log2(n))
+    return math.ceil(math.log2(max(n, 1)))
 
 
-def draw(shape: Shape, dtype: torch.dtype, generator: Generator, wide: str = "x") -> LayerNumbers:
-    """Draw a layer's numbers within their admissible ranges; the arguments are those of `admissible_ranges`."""
+def draw(
+    shape: Shape, dtype: torch.dtype, generator: Generator, wide: str = "x", bias_trains: bool = False
+) -> LayerNumbers:
+    """Draw a layer's numbers within their admissible ranges.
+
+    Args:
+        shape: of the layer.
+        dtype: that it computes in.
+        generator: of the random numbers.
+        wide: see `admissible_ranges`.
+        bias_trains: whether the sum of gy over the tokens, too, must be exact and fit the dtype.
+    """
     ranges = admissible_ranges(shape, dtype, wide)
     in_order = torch.randperm(shape.n_in, generator=generator)
     out_order = torch.randperm(shape.n_out, generator=generator)
     x = _paired(_integers((shape.tokens, shape.n_in), ranges.x, generator), in_order)
     gy = _paired(_integers((shape.tokens, shape.n_out), ranges.gy, generator), out_order)
+    if bias_trains:  # of an odd number of tokens the last one is left
+        half = shape.tokens // 2
+        gy[half : 2 * half] = -gy[:half]
     adapted = _cancelling(shape, ranges.weight, in_order, out_order, generator)
     for turn in range(RESIDUAL_WEIGHTS):
         place = torch.arange(_residual_places(shape.n_in, shape.n_out))
         rows, columns = (place + turn) % shape.n_out, place % shape.n_in
         signs = torch.randint(0, 2, (len(place),), generator=generator).double() * 2 - 1
         adapted.index_put_((out_order[rows], in_order[columns]), signs, accumulate=True)
-    index = torch.randperm(shape.n_in, generator=generator)[: shape.rank].sort().values
+    index = draw_index(shape, generator)
     delta = _integers((shape.n_out, shape.rank), ranges.delta, generator) / SCALE
     weight = adapted.clone()
     weight[:, index] -= SCALE * delta
@@ -141,6 +163,14 @@ def draw(shape: Shape, dtype: torch.dtype, generator: Generator, wide: str = "x"
     delta_after[rows, rows % shape.rank] += torch.randint(0, 2, (shape.n_out,), generator=generator).double() * 2 - 1
     bias = _integers((shape.n_out,), ranges.bias, generator)
     return LayerNumbers(x, gy, weight, bias, index, delta, delta_after, SCALE * shape.rank)
+
+
+def draw_index(shape: Shape, generator: Generator) -> Tensor:
+    """Draw which columns train, (r,) int64, sorted."""
+    if shape.neighbours:
+        first = int(torch.randint(shape.n_in - shape.rank + 1, (1,), generator=generator))
+        return torch.arange(first, first + shape.rank)
+    return torch.randperm(shape.n_in, generator=generator)[: shape.rank].sort().values
 
 
 def _integers(size: tuple[int, ...], largest: int, generator: Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -36,7 +37,8 @@ class Finding:
         tier: "bitwise", "bounded" or "trajectory".
         status: the worst of all cases.
         fraction: the largest error as a part of what is allowed; None where bits are compared.
-        detail: why it failed or was skipped: case, tensor, first differing element, distance.
+        detail: why it failed or was skipped: case, tensor, first differing element, distance; of a trajectory how far
+            it is from the reference and may be.
     """
 
     backend: str
@@ -93,7 +95,14 @@ class Report:
             "machines": {name: dict(machine) for name, machine in self.machines.items()},
             "unavailable": dict(self.unavailable),
             "findings": [
-                asdict(finding) | {"dtype": name_of(finding.dtype), "status": finding.status.value}
+                asdict(finding)
+                | {
+                    "dtype": name_of(finding.dtype),
+                    "status": finding.status.value,
+                    "fraction": finding.fraction
+                    if finding.fraction != math.inf
+                    else "inf",  # JSON has no number for it
+                }
                 for finding in self.findings
             ],
         }

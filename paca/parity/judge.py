@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paca.parity.cases import BITWISE, Case, Truth, truths
+from paca.parity.cases import BITWISE, Case
 from paca.parity.findings import Status
 from paca.parity.formats import first_difference, name_of, ulp_distance
+from paca.parity.training_step import RESTORED
 from paca.parity.trajectory import Tolerance, Trajectory, drift
+from paca.parity.truth import Truth, truths
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,30 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return Verdict(found.status, max(fractions, default=None), found.detail)
 
 
-def judge(case: Case, found: Mapping[str, Tensor]) -> Verdict:
-    """Compare results of a case, named as in `cases.OUTPUTS`, with what they should be.
+def judge(case: Case, found: Mapping[str, Tensor], wanted: Iterable[str]) -> Verdict:
+    """Compare results of a case with what they should be.
 
     In the bitwise tier they must be the recorded bits. In the bounded tier each must be within its bound of float64;
     products are held to the weight that this machine wrote, which is compared by itself.
+
+    Args:
+        case: which.
+        found: results by name; see `truths`.
+        wanted: the names of those that must be there.
     """
-    adapted, after = (found.get(name, case.expected[name]) for name in ("adapted", "adapted_after"))
-    exact = truths(case, adapted, after)
     verdicts = []
-    for name, value in found.items():
+    weights = {}
+    for name in ("adapted", "adapted_after"):
+        weight = found.get(name, case.expected[name])
+        usable = not _other_kind(weight, case.expected[name].shape, case.expected[name].dtype)
+        weights[name] = weight if usable else case.expected[name]  # the mismatch itself is found below
+    exact = truths(case, **weights)
+    for name in wanted:
         place = f"{case.name} {name}"
-        if name == "restored":
+        value = found.get(name)
+        if value is None:
+            verdicts.append(Verdict(Status.FAILED, detail=f"{place}: nothing was computed"))
+        elif name == RESTORED:
             verdicts.append(same_bits(value, case.inputs["weight"], place))
         elif case.tier == BITWISE or exact[name].bound is None:
             verdicts.append(same_bits(value, case.expected[name], place))
@@ -90,16 +104,16 @@ def judge_trajectory(run: Trajectory, reference: Trajectory, tolerance: Toleranc
     parts = [apart / allowed for apart, allowed in zip(of_losses, tolerance.losses, strict=True)]
     parts.append(of_deltas / tolerance.deltas)
     fraction = max((part if part == part else torch.inf for part in parts), default=0.0)  # a nan is outside
+    detail = f"the deltas are {of_deltas:.2g} of their size from the reference's, and {tolerance.deltas:.2g} is allowed"
     if fraction <= 1:
-        return Verdict(Status.WITHIN_BOUND, fraction)
+        return Verdict(Status.WITHIN_BOUND, fraction, detail)
     for step, part in enumerate(parts[:-1]):
         if not part <= 1:
-            detail = (
+            loss = (
                 f"the loss of step {step + 1} is {run.losses[step]:.9g}, the reference's {reference.losses[step]:.9g}, "
                 f"and {tolerance.losses[step]:.3g} apart is allowed"
             )
-            return Verdict(Status.FAILED, fraction, detail)
-    detail = f"the deltas are {of_deltas:.3g} of their size from the reference's, and {tolerance.deltas:.3g} is allowed"
+            return Verdict(Status.FAILED, fraction, loss)
     return Verdict(Status.FAILED, fraction, detail)
 
 

@@ -25,9 +25,11 @@ from torch import Tensor
 from paca.backend import Backend
 from paca.parity.cases import Case
 from paca.parity.formats import dtype_named, name_of
+from paca.parity.layouts import Bias, Storage
 from paca.parity.trajectory import Tolerance, Trajectory
+from paca.parity.well_formed import what_is_wrong
 
-SCHEMA = 1
+SCHEMA = 2
 REFERENCE = Path(__file__).parent / "reference"
 _DOCUMENT, _TENSORS = "parity.json", "parity.safetensors"
 _PACKAGES = ("torch", "transformers", "peft", "triton", "optimum-habana", "habana-torch-plugin")
@@ -97,7 +99,7 @@ def write(record: Record, folder: Path) -> None:
     document = {
         "schema": SCHEMA,
         "made_by": dict(record.made_by),
-        "sha256": _digest(folder / _TENSORS),
+        "sha256_of_tensors": _digest((folder / _TENSORS).read_bytes()),
         "cases": [
             {
                 "name": case.name,
@@ -105,6 +107,8 @@ def write(record: Record, folder: Path) -> None:
                 "dtype": name_of(case.dtype),
                 "lead": list(case.lead),
                 "alpha": case.alpha,
+                "storage": case.storage.value,
+                "bias": case.bias.value,
             }
             for case in record.cases
         ],
@@ -118,6 +122,7 @@ def write(record: Record, folder: Path) -> None:
             for dtype, trajectory in record.trajectories.items()
         },
     }
+    document["sha256_of_document"] = _document_digest(document)
     partial = folder / f"{_DOCUMENT}.partial"
     partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / _DOCUMENT)
@@ -127,19 +132,22 @@ def read(folder: Path) -> Record:
     """Read a record.
 
     Raises:
-        RecordError: if it is missing, damaged or of another schema.
+        RecordError: if it is missing, damaged, of another schema, or holds what cannot be compared.
     """
     document = _document(folder)
     try:
-        if _digest(folder / _TENSORS) != document["sha256"]:
+        if _digest((folder / _TENSORS).read_bytes()) != document["sha256_of_tensors"]:
             raise RecordError(f"{folder / _TENSORS} is not the file that {_DOCUMENT} was written with; copy both again")
         with safe_open(folder / _TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        return _assembled(document, tensors)
+        record = _assembled(document, tensors)
     except RecordError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{folder} is damaged: {error!r}; copy it again") from error
+    if wrong := what_is_wrong(record):
+        raise RecordError(f"{folder} cannot be compared with: {wrong}; record anew")
+    return record
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -155,6 +163,8 @@ def _document(folder: Path) -> dict[str, Any]:
             f"{folder} is a record of schema {schema}, this paca reads schema {SCHEMA}; record anew, or use the paca "
             "that made it"
         )
+    if _document_digest(document) != document.get("sha256_of_document"):
+        raise RecordError(f"{folder / _DOCUMENT} is not as it was written (its own checksum differs); copy it again")
     found: dict[str, Any] = document
     return found
 
@@ -167,6 +177,8 @@ def _assembled(document: dict[str, Any], tensors: dict[str, Tensor]) -> Record:
             dtype_named(stored["dtype"]),
             tuple(stored["lead"]),
             stored["alpha"],
+            Storage(stored["storage"]),
+            Bias(stored["bias"]),
             _under(tensors, f"{stored['name']}/inputs"),
             _under(tensors, f"{stored['name']}/expected"),
         )
@@ -203,5 +215,11 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _document_digest(document: Mapping[str, Any]) -> str:
+    """Digest all of a document but the digest itself."""
+    content = {key: value for key, value in document.items() if key != "sha256_of_document"}
+    return _digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

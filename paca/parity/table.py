@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from paca.parity.cases import TRAJECTORY
 from paca.parity.findings import Finding, Report, Status
 from paca.parity.formats import name_of
 
@@ -74,6 +75,8 @@ def text(report: Report) -> str:
             if row.backend == backend
         ]
         lines += ["", backend, *_aligned([(*HEAD, *columns), *body])]
+    drifts = [f for f in report.findings if f.tier == TRAJECTORY and f.status is Status.WITHIN_BOUND]
+    lines += ["", "trajectories"] * bool(drifts) + [f"  {finding}" for finding in drifts]
     for status, title in ((Status.SKIPPED, "skipped"), (Status.FAILED, "FAILED")):
         found = [finding for finding in report.findings if finding.status is status]
         lines += ["", title] * bool(found) + [f"  {finding}" for finding in found]

@@ -23,11 +23,11 @@ from paca.registry import use_backend
 
 DTYPES = (torch.float32, torch.bfloat16)  # float16 would need loss scaling
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS = 64, 32, 48, 2, 2
-RANK, ALPHA = 8, 8
-STEPS, LEARNING_RATE = 12, 2e-2
+RANK, ALPHA = 8, 16  # a scale that shows when it is forgotten, or applied twice
+STEPS, LEARNING_RATE = 8, 0.05
 PERTURBED_RUNS = 6
 # A run may be this many times as far from the reference as the farthest perturbed one.
-ALLOWANCE = 4
+ALLOWANCE = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def draw_model(seed: int = 0) -> dict[str, Tensor]:
 
 
 def train_model(numbers: Mapping[str, Tensor], dtype: torch.dtype, backend: Backend) -> Trajectory:
-    """Train the model a few steps with AdamW on the backend's device, in its graph mode."""
+    """Train the model a few steps on the backend's device, in its graph mode.
+
+    With plain SGD: Adam divides by the gradient's size, which hides a wrong scale and magnifies rounding.
+    """
     base = _empty_model()
     base.load_state_dict({name: value for name, value in numbers.items() if name != "input_ids"}, assign=True)
     base.tie_weights()
@@ -75,7 +78,7 @@ def train_model(numbers: Mapping[str, Tensor], dtype: torch.dtype, backend: Back
     try:
         run = captured(model, backend)
         ids = numbers["input_ids"].long().to(device)
-        optimizer = torch.optim.AdamW([layer.paca_delta["default"] for layer in layers], lr=LEARNING_RATE)
+        optimizer = torch.optim.SGD([layer.paca_delta["default"] for layer in layers], lr=LEARNING_RATE)
         losses = []
         for _ in range(STEPS):
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
@@ -111,7 +114,13 @@ def calibrated(numbers: Mapping[str, Tensor], dtype: torch.dtype, backend: Backe
 
 
 def drift(run: Trajectory, reference: Trajectory) -> tuple[list[float], float]:
-    """Measure how far a run is from the reference: each loss absolutely, all deltas relatively."""
+    """Measure how far a run is from the reference: each loss absolutely, all deltas relatively.
+
+    Raises:
+        ValueError: if they did not train the same layers.
+    """
+    if run.deltas.keys() != reference.deltas.keys():
+        raise ValueError(f"trained {', '.join(run.deltas)}, the reference {', '.join(reference.deltas)}")
     losses = [abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)]
     apart = sum(float((run.deltas[name].double() - d.double()).square().sum()) for name, d in reference.deltas.items())
     size = sum(float(d.double().square().sum()) for d in reference.deltas.values())
