@@ -96,13 +96,8 @@ class Report:
             "unavailable": dict(self.unavailable),
             "findings": [
                 asdict(finding)
-                | {
-                    "dtype": name_of(finding.dtype),
-                    "status": finding.status.value,
-                    "fraction": finding.fraction
-                    if finding.fraction != math.inf
-                    else "inf",  # JSON has no number for it
-                }
+                | {"dtype": name_of(finding.dtype), "status": finding.status.value}
+                | ({"fraction": "infinite"} if finding.fraction == math.inf else {})  # JSON has no number for it
                 for finding in self.findings
             ],
         }

@@ -52,7 +52,7 @@ def judge(case: Case, found: Mapping[str, Tensor], wanted: Iterable[str]) -> Ver
         usable = not _other_kind(weight, case.expected[name].shape, case.expected[name].dtype)
         weights[name] = weight if usable else case.expected[name]  # the mismatch itself is found below
     exact = truths(case, **weights)
-    for name in wanted:
+    for name in sorted(wanted, key=lambda name: name not in weights):  # a wrong weight explains wrong products
         place = f"{case.name} {name}"
         value = found.get(name)
         if value is None:
@@ -84,7 +84,7 @@ def within_bound(found: Tensor, truth: Truth, place: str) -> Verdict:
     error = (found.double() - truth.exact).abs()
     outside = ~(error <= truth.bound)  # a nan is outside
     fractions = torch.where(truth.bound > 0, error / truth.bound, torch.where(error > 0, torch.inf, 0.0))
-    fraction = float(fractions.nan_to_num(torch.inf).max()) if found.numel() else 0.0
+    fraction = float(fractions.nan_to_num(torch.inf, posinf=torch.inf).max()) if found.numel() else 0.0
     if not bool(outside.any()):
         return Verdict(Status.WITHIN_BOUND, fraction)
     index = tuple(outside.nonzero()[0].tolist())

@@ -49,7 +49,7 @@ def run_grad_input_sum(case: Case, ops: Ops, device: torch.device) -> dict[str, 
 
 def run_grad_columns(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
     """`s·gyᵀ xs`."""
-    gathered = shaped(case, case.inputs["x"][:, case.inputs["index"]], device)
+    gathered = shaped(case, case.inputs["x"].index_select(1, case.inputs["index"]), device)
     return {"grad_delta": ops.grad_columns(gy_of(case, device), gathered, case.scale)}
 
 

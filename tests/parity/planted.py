@@ -86,6 +86,35 @@ def grad_columns_narrow(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
     return strategies.grad_columns_matmul(gy, xs, scale).to(gy.dtype)
 
 
+def chopped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to a narrower dtype towards zero, as a wrong rounding mode does."""
+    narrow = x.to(dtype)
+    beyond = narrow.abs().float() > x.abs().float()
+    return torch.where(beyond, torch.nextafter(narrow, torch.zeros_like(narrow)), narrow)
+
+
+def forward_chopped(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return chopped(F.linear(x.double(), weight.double(), None if bias is None else bias.double()), x.dtype)
+
+
+def grad_input_chopped(gy: Tensor, weight: Tensor) -> Tensor:
+    return chopped(gy.double() @ weight.double(), gy.dtype)
+
+
+def write_update_rounded_first(writes: Sequence[ColumnWrite]) -> None:
+    """Round the update to the weight's dtype before it is added: half of small updates are lost."""
+    strategies.write_index_copy(
+        [replace(write, delta=(write.delta * write.scale).to(write.base.dtype), scale=1.0) for write in writes]
+    )
+
+
+def grad_columns_of_first_block(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
+    """Leave out the tokens after the first block, as a loop with a wrong end does."""
+    gy, xs = gy.reshape(-1, gy.shape[-1]), xs.reshape(-1, xs.shape[-1])
+    some = strategies.TOKENS_PER_BLOCK
+    return strategies.grad_columns_matmul(gy[:some], xs[:some], scale)
+
+
 def no_gather(x: Tensor, index: Tensor) -> Tensor:
     raise NotImplementedError("this device has no gather")
 
@@ -112,6 +141,18 @@ class StaleColumns(Planted):
 
 class NarrowGradient(Planted):
     ops_in_use = Ops(grad_columns=grad_columns_narrow)
+
+
+class ChoppedCasts(Planted):
+    ops_in_use = Ops(forward=forward_chopped, grad_input=grad_input_chopped)
+
+
+class UpdateRoundedFirst(Planted):
+    ops_in_use = Ops(write_columns=write_update_rounded_first)
+
+
+class FirstBlockOnly(Planted):
+    ops_in_use = Ops(grad_columns=grad_columns_of_first_block)
 
 
 class Raising(Planted):

@@ -7,21 +7,22 @@ with its reason, unless `--backend` names it: then it is an error.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from parity_summary import LEFT_OUT, note
 
 from paca import registry
-from paca.backend import Backend
+from paca.backend import Backend, Ops
 from paca.errors import BackendUnavailableError
 from paca.parity import coverage
 from paca.parity.cases import BITWISE
 from paca.parity.coverage import Configuration
 from paca.parity.findings import Status
+from paca.parity.operations import OPERATIONS
 from paca.parity.record import REFERENCE, Record, read
-from paca.parity.verify import BLOCK, MODEL, Selection, audit, configuration_findings, operation_findings
+from paca.parity.verify import BLOCK, MODEL, STACKED, Selection, audit, configuration_findings, operation_findings
 
 # torch.compile's own.
 pytestmark = [
@@ -93,8 +94,9 @@ def test_training_steps(record, configuration, record_property, traced_only):
     assert_no_failure(findings, record_property)
     operations = {finding.operation for finding in findings}
     if configuration.default_graph or not configuration.changed:
-        model = {MODEL} if configuration.default_graph and not configuration.changed else set()
-        assert operations == {"layer, resident", "layer, swap", BLOCK, *model}
+        further = {STACKED} if configuration.default_graph else set()
+        further |= {MODEL} if configuration.default_graph and not configuration.changed else set()
+        assert operations == {"layer, resident", "layer, swap", BLOCK, *further}
 
 
 @pytest.mark.slow
@@ -110,17 +112,29 @@ def test_the_record_itself_is_exact(record, record_property):
     assert_no_failure(list(audit(record, Selection())), record_property)
 
 
-def test_all_strategies_graph_modes_and_dtypes_of_a_backend_are_covered():
-    with registry.use_backend("cpu") as backend:
-        choices, capabilities = backend.choices, backend.capabilities
-    listed = list(coverage.configurations("cpu"))
+USABLE = [name for name, why in registry.available_backends().items() if why is None]
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_all_strategies_graph_modes_and_dtypes_of_a_backend_are_covered(name):
+    with registry.use_backend(name) as backend:
+        choices, capabilities, ops = backend.choices, backend.capabilities, backend.ops
+    listed, single = list(coverage.configurations(name)), list(coverage.operation_choices(name))
     assert {c.graph for c in listed} == {mode.value for mode in capabilities.graph_modes}
     for kind, known in choices.items():
         if kind == "quantised":  # no weight of the record is
             continue
         assert {dict(c.strategies)[kind] for c in listed} == set(known)
-        assert {c.name for c in coverage.operation_choices("cpu") if c.kind == kind} == set(known)
-    assert set(coverage.dtypes_of("cpu")) == set(coverage.DTYPES)
+        for choice, sets in known.items():
+            named = {c.field for c in single if (c.kind, c.name) == (kind, choice)}
+            assert named == {field for field in sets if field in OPERATIONS and sets[field] is not None}
+    assert {c.field for c in single} >= {field for field in OPERATIONS if getattr(ops, field) is not None}
+    assert set(coverage.dtypes_of(name)) == set(coverage.DTYPES) & capabilities.dtypes
+
+
+def test_every_tensor_operation_of_a_dense_layer_is_compared():
+    functions = {field.name for field in fields(Ops)} - {"runs_to_slice", "end_graph", "quantised_form"}
+    assert set(OPERATIONS) == functions
 
 
 def test_a_backend_that_is_named_and_cannot_be_used_is_an_error(monkeypatch):

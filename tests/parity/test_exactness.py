@@ -13,17 +13,32 @@ from torch import Tensor
 import paca
 from paca.layer import PacaLayer
 from paca.parity.block import draw_block, train_block
-from paca.parity.cases import BITWISE, LAYOUTS, Layout, exact_case
+from paca.parity.cases import BITWISE, exact_case
 from paca.parity.certificate import Certificate, NotExactError
-from paca.parity.exact import Shape, admissible_ranges, draw
+from paca.parity.exact import Shape, accumulator_bits, admissible_ranges, draw
 from paca.parity.formats import is_representable
-from paca.parity.replay import run_layer
+from paca.parity.layouts import LAYOUTS, Bias, Layout, Storage
+from paca.parity.operations import OPERATIONS, run_operation
+from paca.parity.recording import TOGETHER
+from paca.parity.training_step import RESTORED, run_layer
+from paca.strategies import TOKENS_PER_BLOCK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FP8 = [torch.float8_e4m3fn]
-shapes = st.builds(
-    Shape, tokens=st.integers(1, 40), n_in=st.integers(1, 50), n_out=st.integers(1, 50), rank=st.just(1)
-).flatmap(lambda s: st.builds(Shape, st.just(s.tokens), st.just(s.n_in), st.just(s.n_out), st.integers(1, s.n_in)))
+sizes = st.tuples(st.integers(0, 40), st.integers(1, 50), st.integers(1, 50))  # tokens, in, out
+shapes = sizes.flatmap(lambda size: st.builds(Shape, *map(st.just, size), st.integers(1, size[1]), st.booleans()))
+layouts = st.builds(
+    lambda shape, wide, storage, bias: Layout(shape, (shape.tokens,), wide, storage, bias),
+    shapes,
+    st.sampled_from(["x", "gy"]),
+    st.just(Storage.LINEAR),
+    st.sampled_from(Bias),
+) | st.builds(
+    lambda shape, wide, bias: Layout(shape, (1, shape.tokens), wide, Storage.CONV1D, bias),
+    shapes,
+    st.sampled_from(["x", "gy"]),
+    st.sampled_from([Bias.FROZEN, Bias.TRAINED]),
+)
 
 
 def shuffled_sum(terms: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,31 +51,38 @@ def shuffled_sum(terms: Tensor, generator: torch.Generator, dtype: torch.dtype =
     return parts[0]
 
 
-@settings(max_examples=40, deadline=None)
-@given(shape=shapes, dtype=st.sampled_from(DTYPES), wide=st.sampled_from(["x", "gy"]), seed=st.integers(0, 2**20))
-def test_every_step_of_a_layer_is_proved_exact(shape, dtype, wide, seed):
-    case = exact_case("case", Layout(shape, (shape.tokens,), wide), dtype, torch.Generator().manual_seed(seed))
+@settings(max_examples=30, deadline=None)
+@given(layout=layouts, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))
+def test_every_step_of_a_layer_is_proved_exact(layout, dtype, seed):
+    case = exact_case("case", layout, dtype, torch.Generator().manual_seed(seed))
     backend = paca.set_backend("cpu")
-    for residency in ("resident", "swap"):
-        with Certificate() as certificate:
-            found = run_layer(case, backend, residency)
-        assert certificate.operations > 20
-        for name, value in found.items():
-            assert torch.equal(value, case.inputs["weight"] if name == "restored" else case.expected[name])
+    with Certificate(24 if dtype == torch.float32 else 20) as certificate:
+        found = [run_layer(case, backend, *how) for how in [("resident",), ("swap",), ("resident", True)]]
+        found += [run_operation(case, field, backend) for field in OPERATIONS if field != "grad_input_sum"]
+        found += [OPERATIONS["grad_input_sum"].run(case, TOGETHER, torch.device("cpu"))]
+    assert certificate.operations > 60
+    for results in found:
+        for name, value in results.items():
+            wanted = case.inputs["weight"] if name == RESTORED else case.expected[name]
+            assert value.dtype == wanted.dtype
+            assert torch.equal(value.reshape(wanted.shape), wanted)
 
 
 @settings(max_examples=25, deadline=None)
 @given(shape=shapes, dtype=st.sampled_from(DTYPES + FP8), wide=st.sampled_from(["x", "gy"]), seed=st.integers(0, 2**20))
 def test_every_order_of_summation_gives_the_same_bits(shape, dtype, wide, seed):
     generator = torch.Generator().manual_seed(seed)
-    numbers = draw(shape, dtype, generator, wide)
+    numbers = draw(shape, dtype, generator, wide, bias_trains=True)
     weight = numbers.weight.index_add(1, numbers.index, numbers.delta * numbers.alpha / shape.rank)
     for values in (numbers.x, numbers.gy, numbers.weight, numbers.bias, weight):
         assert is_representable(values, dtype)
+    if not shape.tokens:
+        return
     for a, b, of_output in [
         (numbers.x[0], weight, dtype),
         (numbers.gy[0], weight.t(), dtype),
         (numbers.gy.t()[0], numbers.x.t(), torch.float32),
+        (numbers.gy.t(), torch.ones(shape.tokens), dtype),
     ]:
         terms = a * b  # (results, length)
         exact = terms.sum(-1)
@@ -104,10 +126,68 @@ def test_a_layer_that_is_not_exact_is_not_certified():
         run_layer(case, paca.set_backend("cpu"), "resident")
 
 
+def test_narrow_sums_leave_room_for_accumulators_of_20_bits():
+    assert [accumulator_bits(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [24, 20, 20]
+
+
+LOST = torch.tensor([[2.0**24, 1.0, -(2.0**24)]])  # 1 is lost, or not, as the order will have it
+ONES = torch.ones(3, 1)
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    "sum_of_three",
+    [
+        lambda: aten.mm(LOST, ONES),
+        lambda: aten.bmm(LOST[None], ONES[None]),
+        lambda: aten.addmm(torch.zeros(1, 1), LOST, ONES),
+        lambda: aten.addmm(torch.zeros(1, 1), LOST, -ONES, alpha=-1, beta=-1),
+        lambda: torch.zeros(1, 1).addmm_(LOST, ONES),
+        lambda: aten.addmm(LOST[:, :1], LOST[:, 1:], ONES[:2]),
+        lambda: aten.baddbmm(torch.zeros(1, 1, 1), LOST[None], ONES[None]),
+        lambda: aten.dot(LOST[0], ONES[:, 0]),
+        lambda: aten.mv(LOST, ONES[:, 0]),
+        lambda: aten.sum(LOST),
+        lambda: LOST.sum(-1),
+        lambda: aten.index_add(torch.zeros(1, 1), 1, torch.zeros(3, dtype=torch.int64), LOST),
+        lambda: torch.zeros(1, 1).index_add_(1, torch.zeros(3, dtype=torch.int64), LOST),
+        lambda: torch.nn.functional.linear(LOST, ONES.t()),
+    ],
+    ids=range(14),
+)
+def test_no_sum_whose_order_matters_is_certified(sum_of_three):
+    with pytest.raises(NotExactError, match="bits, more than the 24"), Certificate():
+        sum_of_three()
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda: LOST.mean(), "none of the operations that can be proved exact"),
+        (lambda: LOST.cumsum(1), "none of the operations that can be proved exact"),
+        (lambda: torch.nn.functional.softmax(LOST, -1), "none of the operations that can be proved exact"),
+        (lambda: paca_ops_of_its_own(), "none of the operations that can be proved exact"),
+        (lambda: aten.addmm(ONES, ONES, ONES[:1], alpha=3), "alpha or beta other than 1"),
+        (lambda: ONES / 3, "rounds to torch.float32"),
+        (lambda: (ONES + 2.0**-9).bfloat16(), "rounds to torch.bfloat16"),
+    ],
+)
+def test_what_nobody_proved_is_not_certified(operation, message):
+    with pytest.raises(NotExactError, match=message), Certificate():
+        operation()
+
+
+def paca_ops_of_its_own():
+    """Call a custom operation, which the certificate cannot look into."""
+    library = torch.library.Library("parity_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CPU")
+    return torch.ops.parity_test.twice(ONES)
+
+
 def test_sums_that_only_happen_to_be_exact_are_not_certified():
-    a = torch.tensor([[2.0**24, 1.0, -(2.0**24)]])  # 1 is lost, or not, as the order will have it
     with pytest.raises(NotExactError, match="26 bits, more than the 24"), Certificate():
-        a @ torch.ones(3, 1)
+        LOST @ ONES
     with Certificate(accumulator_bits=2):
         torch.ones(1, 3) @ torch.ones(3, 1)
 
@@ -117,7 +197,7 @@ def test_training_the_block_is_proved_exact_in_every_dtype(seed):
     numbers, backend = draw_block(seed), paca.set_backend("cpu")
     results = []
     for dtype in [torch.float64, *DTYPES]:
-        with Certificate() as certificate:
+        with Certificate(20) as certificate:
             results.append(train_block(numbers, dtype, backend))
         assert certificate.operations > 500
     for found in results[1:]:  # all numbers are the same in all dtypes
@@ -142,4 +222,18 @@ def test_every_layout_is_drawn_in_the_bitwise_tier():
         for dtype in DTYPES:
             case = exact_case(name, layout, dtype, torch.Generator().manual_seed(0))
             assert case.tier == BITWISE
-            assert all(bool(case.inputs[key].any()) for key in ("x", "gy", "weight", "delta"))
+            of_tokens = ("x", "gy") if layout.shape.tokens else ()
+            assert all(bool(case.inputs[key].any()) for key in (*of_tokens, "weight", "delta"))
+            trains_bias = layout.bias is Bias.TRAINED and layout.shape.tokens
+            assert not trains_bias or bool(case.expected["grad_bias"].any())
+
+
+def test_layers_of_every_kind_are_drawn():
+    drawn = LAYOUTS.values()
+    assert {layout.storage for layout in drawn} == set(Storage)
+    assert {layout.bias for layout in drawn} == set(Bias)
+    assert {len(layout.lead) for layout in drawn} == {0, 1, 2, 3}
+    assert any(layout.shape.tokens == 0 for layout in drawn)
+    assert any(layout.shape.tokens > TOKENS_PER_BLOCK for layout in drawn)
+    assert any(layout.shape.neighbours and layout.shape.rank > 1 for layout in drawn)
+    assert all(torch.Size(layout.lead).numel() == layout.shape.tokens for layout in drawn)

@@ -38,6 +38,13 @@ CAUGHT = [
     (planted.NarrowGradient, "bitwise", "grad_columns", HALVES),
     (planted.NarrowGradient, "bounded", "grad_columns", HALVES),
     (planted.NarrowGradient, "bounded", "layer, resident", HALVES),
+    (planted.ScaledTwice, "trajectory", MODEL, {torch.float32, torch.bfloat16}),
+    # Exact numbers have nothing to chop.
+    (planted.ChoppedCasts, "bounded", "forward", HALVES),
+    (planted.ChoppedCasts, "bounded", "grad_input", HALVES),
+    (planted.UpdateRoundedFirst, "bounded", "write_columns", HALVES),
+    (planted.FirstBlockOnly, "bitwise", "grad_columns", ALL),
+    (planted.FirstBlockOnly, "bounded", "grad_columns", ALL),
 ]
 # The only operations that the defect is in.
 FAULTY = {
@@ -47,6 +54,9 @@ FAULTY = {
     planted.ScaledTwice: {"write_columns"},
     planted.StaleColumns: set(),  # a single write is right
     planted.NarrowGradient: {"grad_columns"},
+    planted.ChoppedCasts: {"forward", "grad_input"},
+    planted.UpdateRoundedFirst: {"write_columns"},
+    planted.FirstBlockOnly: {"grad_columns"},
 }
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paca.parity.bounds import columns_bound, gamma, product_bound, rounding_bound
-from paca.parity.cases import Truth
 from paca.parity.findings import Status
 from paca.parity.formats import SIGNIFICAND_BITS, first_difference, ulp_distance, unit_roundoff
 from paca.parity.judge import within_bound
+from paca.parity.truth import Truth
 from paca.strategies import adapted_columns
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,6 +50,20 @@ def test_one_result_just_outside_its_bound_fails_and_is_named(dtype):
     assert verdict.status is Status.FAILED
     assert verdict.detail.startswith("product: [2, 3] is ")
     assert "1 of 30 elements" in verdict.detail
+
+
+@pytest.mark.parametrize("length", [2, 3, 8])
+def test_the_bound_is_no_wider_than_chopped_sums_need(length):
+    """Terms of one sign, added with chopping to float32, come near what a long sum's bound allows."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(20000, length, generator=generator) + 1
+    total = torch.zeros(len(a))
+    for k in range(length):
+        total = planted.chopped(total.double() + a[:, k].double(), torch.float32)
+    exact = a.double().sum(1)
+    bound = product_bound(a.double(), torch.ones(length, 1, dtype=torch.float64), torch.float32)[:, 0]
+    reached = float(((exact - total.double()) / bound).max())
+    assert 0.15 < reached <= 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
