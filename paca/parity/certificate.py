@@ -24,24 +24,16 @@ _PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.dot,
 _ADDITIONS = {aten.sum, aten.index_add, aten.index_add_}
 # Each result comes of one element of each operand, so that there is no order: it is rounded, or it is not.
 _ELEMENTWISE = {aten.add, aten.add_, aten.sub, aten.mul, aten.mul_, aten.div, aten.round, aten.clamp, aten.relu}
-_ELEMENTWISE |= {aten.threshold_backward, aten.where, aten.tril, aten.nan_to_num}
+_ELEMENTWISE |= {aten.rsub, aten.neg, aten.threshold_backward, aten.where, aten.tril, aten.nan_to_num}
 _ELEMENTWISE |= {aten._to_copy, aten._unsafe_view, aten.clone, aten.copy_, aten.fill_, aten.squeeze_}
-_ELEMENTWISE |= {
-    aten.rsub,
-    aten.neg,
-    aten.flip,
-    aten.cat,
-    aten.stack,
-    aten.index_select,
-    aten.index_copy,
-    aten.index_copy_,
-}
+_ELEMENTWISE |= {aten.flip, aten.cat, aten.stack, aten.index_select, aten.index_copy, aten.index_copy_}
+_ELEMENTWISE |= {aten.index_fill, aten.index_fill_, aten.scatter_}
 _ELEMENTWISE |= {aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.eye, aten.scalar_tensor}
 # Results that no number of the computation goes into: unwritten memory, random numbers, comparisons, column numbers.
 _NO_VALUES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 _NO_VALUES |= {aten.uniform_, aten.normal_, aten.randint, aten.randperm}
 _NO_VALUES |= {aten.equal, aten.eq, aten.ne, aten.bitwise_and, aten.promote_types}
-_NO_VALUES |= {aten.sort, aten._unique2, aten.searchsorted, aten._local_scalar_dense}
+_NO_VALUES |= {aten.sort, aten.nonzero, aten._unique2, aten.searchsorted, aten._local_scalar_dense}
 _BOOKKEEPING = {"profiler"}  # namespaces
 
 

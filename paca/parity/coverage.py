@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The fields of `Ops` that a layer with a dense weight uses; the rest is for quantised ones, and no case has such.
 OF_DENSE_LAYERS = frozenset({*OPERATIONS, "runs_to_slice", "end_graph"})
+WRITES = frozenset({"write_columns", "switch_columns"})
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def chosen_backends(names: Sequence[str]) -> dict[str, str | None]:
 def configurations(name: str) -> Iterator[Configuration]:
     """List the ways to run a backend: its defaults, then each other strategy in turn, in every graph mode.
 
-    Strategies that only write columns come once: no graph holds a write. Those that choose nothing that a layer with a
-    dense weight does (the forms of quantised bases) are left out: nothing here is quantised.
+    Strategies that only write columns come once: no graph holds a write. Left out are those that choose nothing that a
+    layer with a dense weight does (the forms of quantised bases), because nothing here is quantised, and those that
+    multiply a rounded copy of the weight (`Ops.copy_frozen`), because their numbers are others on purpose.
     """
     with registry.use_backend(name) as backend:
         defaults = {kind: choice for kind, choice in backend.strategies.items() if kind != "graph"}
@@ -81,12 +84,12 @@ def configurations(name: str) -> Iterator[Configuration]:
     alternatives = [("", defaults)] + [
         (kind, defaults | {kind: other})
         for kind, known in choices.items()
-        for other in known
-        if other != defaults[kind]
+        for other, sets in known.items()
+        if other != defaults[kind] and not _rounds_weights(sets)
     ]
     for mode, (kind, strategies) in itertools.product(modes, alternatives):
         fields = {field for how in choices[kind].values() for field in how} if kind else set(OF_DENSE_LAYERS)
-        if not fields.isdisjoint(OF_DENSE_LAYERS) and (fields != {"write_columns"} or mode == modes[0]):
+        if not fields.isdisjoint(OF_DENSE_LAYERS) and (fields - WRITES or mode == modes[0]):
             yield Configuration(name, tuple(strategies.items()), mode, kind, mode == modes[0])
 
 
@@ -94,14 +97,19 @@ def operation_choices(name: str) -> Iterator[OperationChoice]:
     """List every strategy that a backend has for each tensor operation."""
     with registry.use_backend(name) as backend:
         for kind, known in backend.choices.items():
-            for choice, fields in known.items():
-                for field in filter(OPERATIONS.__contains__, fields):
-                    if fields[field] is not None:
+            for choice, sets in known.items():
+                for field in filter(OPERATIONS.__contains__, sets):
+                    if sets[field] is not None and not _rounds_weights(sets):
                         yield OperationChoice(name, field, kind, choice)
         named = {field for known in backend.choices.values() for how in known.values() for field in how}
         for field in OPERATIONS:
             if field not in named and getattr(backend.ops, field) is not None:
                 yield OperationChoice(name, field, "", "the only one")
+
+
+def _rounds_weights(sets: Mapping[str, Any]) -> bool:
+    """Whether a strategy, given by the fields that it sets, multiplies a rounded copy of the weight."""
+    return sets.get("copy_frozen") is not None
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from paca.backend import Backend, Ops
 from paca.parity.cases import Case
 from paca.parity.layouts import Bias, Storage
 from paca.parity.truth import SIGNS
-from paca.strategies import ColumnWrite
+from paca.strategies import ColumnSwitch, ColumnWrite
 
 # Results with an axis for each leading size of x.
 _OF_TOKENS = {"gathered", "y", "grad_input", "grad_input_sum", "y_after"}
@@ -69,6 +70,22 @@ def run_write(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
     return {"adapted": one.weight, "adapted_after": other.weight[:-1].flip(1)}
 
 
+def run_switch(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
+    """Put pretrained columns back and write others: one weight turns to other columns, one to new values."""
+    weight, index = case.inputs["weight"], case.inputs["index"]
+    others = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]
+    new = _column_write(case, weight, index, case.inputs["delta"], device)
+    left = None
+    if len(others):
+        left = replace(_column_write(case, weight, others, weight.index_select(1, others), device), weight=new.weight)
+        new.weight.index_fill_(1, left.index, 7.0)  # what the adapter that is left had there
+    before = _column_write(case, case.expected["adapted"], index, case.inputs["delta"], device)
+    before = replace(before, base=new.base)
+    after = replace(before, delta=case.inputs["delta_after"].to(device))
+    ops.switch_columns([ColumnSwitch(left, new, apart=True), ColumnSwitch(before, after, apart=False)])
+    return {"adapted": new.weight, "adapted_after": after.weight}
+
+
 class Operation(NamedTuple):
     """One of the functions of `Ops`, and what it gives."""
 
@@ -84,6 +101,7 @@ OPERATIONS = {
     "grad_input_sum": Operation(run_grad_input_sum, ("grad_input_sum",)),
     "grad_columns": Operation(run_grad_columns, ("grad_delta",)),
     "write_columns": Operation(run_write, ("adapted", "adapted_after")),
+    "switch_columns": Operation(run_switch, ("adapted", "adapted_after")),
 }
 
 

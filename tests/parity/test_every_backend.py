@@ -124,8 +124,9 @@ def test_all_strategies_graph_modes_and_dtypes_of_a_backend_are_covered(name):
     for kind, known in choices.items():
         if kind == "quantised":  # no weight of the record is
             continue
-        assert {dict(c.strategies)[kind] for c in listed} == set(known)
-        for choice, sets in known.items():
+        comparable = {choice: sets for choice, sets in known.items() if sets.get("copy_frozen") is None}  # not fp8
+        assert {dict(c.strategies)[kind] for c in listed} == set(comparable)
+        for choice, sets in comparable.items():
             named = {c.field for c in single if (c.kind, c.name) == (kind, choice)}
             assert named == {field for field in sets if field in OPERATIONS and sets[field] is not None}
     assert {c.field for c in single} >= {field for field in OPERATIONS if getattr(ops, field) is not None}
@@ -133,7 +134,7 @@ def test_all_strategies_graph_modes_and_dtypes_of_a_backend_are_covered(name):
 
 
 def test_every_tensor_operation_of_a_dense_layer_is_compared():
-    functions = {field.name for field in fields(Ops)} - {"runs_to_slice", "end_graph", "quantised_form"}
+    functions = {field.name for field in fields(Ops)} - {"runs_to_slice", "end_graph", "quantised_form", "copy_frozen"}
     assert set(OPERATIONS) == functions
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from paca.parity.formats import name_of
+from paca.parity.record import REFERENCE, read
+
 DOCS = Path(__file__).parents[2] / "docs"
 REPORTS = sorted((DOCS / "parity-result").glob("*.json"))
 
@@ -28,3 +31,10 @@ def test_the_page_gives_the_counts_of_the_report(file):
 
 def test_there_are_reports():
     assert {file.stem for file in REPORTS} >= {"cpu", "hpu-rehearsal", "cuda-interpreted"}
+
+
+def test_the_page_gives_the_tolerances_of_the_shipped_record():
+    tolerances = read(REFERENCE).tolerances
+    allowed = {name_of(dtype): f"{tolerance.deltas:.2g}" for dtype, tolerance in tolerances.items()}
+    line = f"deltas may differ by {allowed['float32']} of their size in float32, by {allowed['bfloat16']} in bfloat16"
+    assert line in (DOCS / "parity.md").read_text(encoding="utf-8")
