@@ -10,7 +10,7 @@ from torch import nn
 from paca.backend import Capabilities, GraphMode, Memory, Ops
 from paca_cuda import CUDABackend
 from paca_cuda.ops import interpreted, why_no_triton
-from paca_cuda.strategies import gather_triton, grad_columns_triton, write_multi_tensor
+from paca_cuda.strategies import gather_triton, grad_columns_triton, switch_multi_tensor, write_multi_tensor
 
 
 class InterpretedBackend(CUDABackend):
@@ -19,7 +19,10 @@ class InterpretedBackend(CUDABackend):
     name: ClassVar[str] = "cuda-interpreted"
     priority: ClassVar[int] = -20
     default_ops: ClassVar[Ops] = Ops(
-        gather=gather_triton, grad_columns=grad_columns_triton, write_columns=write_multi_tensor
+        gather=gather_triton,
+        grad_columns=grad_columns_triton,
+        write_columns=write_multi_tensor,
+        switch_columns=switch_multi_tensor,
     )
 
     @classmethod

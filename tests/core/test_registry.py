@@ -93,6 +93,14 @@ def test_strategies_are_named_printable_and_overridable():
     assert backend.graph_mode is GraphMode.COMPILE
 
 
+@pytest.mark.parametrize("name", registry.BUILT_IN)
+def test_every_default_is_one_of_the_choices_and_has_a_name(name):
+    backend = registry._load(name)
+    for kind, known in backend.choices.items():
+        in_use = [c for c, sets in known.items() if all(getattr(backend.default_ops, f) is v for f, v in sets.items())]
+        assert in_use, f"{kind} of {name} has a default that no choice names"
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
