@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -34,6 +35,8 @@ SIZED_BY_DATA = frozenset(
 )
 _INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 _WRITES = frozenset({"index_copy_", "scatter_", "index_put_", "_index_put_impl_", "copy_"})
+# On the CPU no operation runs for these; a device stops and copies.
+_TO_HOST = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__})
 # Nothing runs for these.
 _NAMES_ONLY = frozenset(
     {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
@@ -118,7 +121,7 @@ class GraphRecorder(TorchDispatchMode):
         ]
         self._look_at_model()
         try:
-            with self:
+            with _HostReads(self._note_host_read), self:
                 yield self
         finally:
             for handle in handles:
@@ -239,7 +242,7 @@ class GraphRecorder(TorchDispatchMode):
         kind = None
         if name in READS_BACK:
             kind = "host sync"
-        elif name in SIZED_BY_DATA:
+        elif name in SIZED_BY_DATA or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             kind = "shape that depends on data"
         elif name in _INDEXED and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
             kind = "boolean mask as an index"
@@ -252,6 +255,12 @@ class GraphRecorder(TorchDispatchMode):
             self._step.written[weight] += 1
             if not self._in_optimizer:
                 self._step.written_elsewhere.add(weight)
+
+    def _note_host_read(self, func: Any, tensor: Tensor) -> None:
+        # Where there is a device, the copy is an operation like any other.
+        if not self._paused and tensor.device.type == "cpu" and self._is_on_device(tensor):
+            self.offences.append(Offence("copy to the host", f"Tensor.{func.__name__}", _where()))
+            self.cut()
 
     def _sign(self, value: object) -> object:
         """Say what a graph's key holds of an argument: which tensor of the graph, and its layout; or its value."""
@@ -308,6 +317,20 @@ class GraphRecorder(TorchDispatchMode):
             self.cut()
 
         return end_and_cut
+
+
+class _HostReads(TorchFunctionMode):
+    """Tells of values that become the host's without an operation."""
+
+    def __init__(self, tell: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Tell of the call if it is one, and make it."""
+        if func in _TO_HOST:
+            self._tell(func, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 _STOPS = frozenset({"host sync", "copy to the host"})

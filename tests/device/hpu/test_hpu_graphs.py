@@ -88,6 +88,34 @@ def test_a_planted_item_is_found_with_its_line():
     assert any(here("planted item") in line and "host sync" in line for line in recorder.report())
 
 
+@pytest.mark.parametrize("name", ["tolist", "cpu", "numpy", "__array__"])
+def test_a_planted_copy_to_the_host_is_found_where_the_cpu_runs_no_operation_for_it(name):
+    model = model_on()
+
+    def read(module, args, out):
+        getattr(out.detach(), name)()  # planted copy
+
+    model.base_model.model.model.norm.register_forward_hook(read)
+    recorder = train(model, 2)
+    assert {(offence.kind, offence.operation) for offence in recorder.offences} == {
+        ("copy to the host", f"Tensor.{name}")
+    }
+    assert all(offence.where.endswith(here("planted copy")) for offence in recorder.offences)
+    assert len(recorder.offences) == 2 * ACCUMULATION
+    assert "host syncs               4" in recorder.report()
+
+
+@pytest.mark.parametrize(("size", "kinds"), [(None, {"shape that depends on data"}), (32, set())])
+def test_repeats_by_data_are_found_unless_their_number_is_given(size, kinds):
+    model = model_on()
+
+    def repeat(module, args, out):
+        torch.repeat_interleave(torch.ones_like(out[0, 0], dtype=torch.long), output_size=size)
+
+    model.base_model.model.model.norm.register_forward_hook(repeat)
+    assert {offence.kind for offence in train(model, 2).offences} == kinds
+
+
 def test_a_planted_boolean_mask_is_found_with_its_line():
     model = model_on()
 
