@@ -24,7 +24,7 @@ report() {
     part 0 paca env
     for mode in 0 1; do
         part "$mode" paca parity verify --backend "$backend"
-        part "$mode" pytest -q -rs tests/device/hpu/test_emulated_device.py tests/device/hpu/test_hpu_strategies.py
+        part "$mode" pytest -q -rs --tb=short tests/device/hpu/test_emulated_device.py tests/device/hpu/test_hpu_strategies.py
         part "$mode" paca doctor --graphs recipes/quickstart.yaml --backend "$backend" --steps 20 \
             --attn_implementation eager --packing true --dtype bfloat16
         part "$mode" paca train recipes/quickstart.yaml --backend "$backend" --packing true --attn_implementation eager \

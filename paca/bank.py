@@ -164,7 +164,10 @@ class AdapterBank:
         self._refuse_moved(new)
         # Kernels that write columns are made for few of them, and many rows; a mask has many in one.
         switch = switch_scatter if self._masked else self._ops.switch_columns
-        switch([_switch(old.get(layer), new.get(layer)) for layer in dict.fromkeys([*old, *new])])
+        changes = [_switch(old.get(layer), new.get(layer)) for layer in dict.fromkeys([*old, *new])]
+        self._ops.end_graph()  # else the writes would be part of the graph of what runs before or after them
+        switch(changes)
+        self._ops.end_graph()
         before, self._active = self._active, name
         if before is not None and self.on_device is not None and len(self._ready) > self.on_device:
             self.evict(before)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paca.recipe import Given, Recipe, read_file, read_words, resolve
+
+if TYPE_CHECKING:
+    from paca.backend import Backend
 
 REHEARSAL = "hpu-rehearsal"
 WARM_UP = 2  # torch's AdamW makes its state on the device in the first step
@@ -80,10 +83,20 @@ def _record(recipe: Recipe, steps: int, say: Callable[[str], None]) -> tuple[Any
     recorder = GraphRecorder(trainer.model, warm_up=WARM_UP)
     counted: list[int] = []
     with backend.compilations() as compiled, recorder.watching():
-        trainer.add_callback(_marks(recorder, steps, counted, compiled))
+        trainer.add_callback(_marks(recorder, steps, counted, compiled and _settled(backend, compiled)))
         trainer.train()
     _say_ragged(arguments, data, say)
     return recorder, counted if compiled is not None else None
+
+
+def _settled(backend: Backend, compiled: Callable[[], int]) -> Callable[[], int]:
+    """Read a count when the device is done: graphs are compiled while the host goes on."""
+
+    def count() -> int:
+        backend.synchronize()
+        return compiled()
+
+    return count
 
 
 def _marks(recorder: Any, steps: int, counted: list[int], compiled: Callable[[], int] | None) -> Any:

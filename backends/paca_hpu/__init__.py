@@ -19,7 +19,7 @@ from paca.errors import BackendUnavailableError
 from paca.strategies import gather_index_select, grad_columns_matmul, write_index_copy, write_index_put
 from paca_hpu import bridge
 from paca_hpu.gathers import gather_by_cost, gather_one_hot
-from paca_hpu.writes import write_scatter
+from paca_hpu.writes import write_scatter, write_what_is_due
 
 _CHOICES: Choices = MappingProxyType(
     {
@@ -117,10 +117,7 @@ class HPUBackend(Backend):
         if self.graph_mode is GraphMode.COMPILE:
             return torch.compile(module, backend=self.compiler)  # type: ignore[return-value]
         if self.graph_mode is GraphMode.HPU_GRAPHS:
-            for part in module.modules():
-                write = getattr(part, "write_again", None)
-                if callable(write):  # else a write that is due would become part of the graph
-                    write()
+            write_what_is_due(module)
             cached: nn.Module = bridge.hpu().ModuleCacher(max_graphs=10)(model=module, inplace=True)
             return cached
         return module

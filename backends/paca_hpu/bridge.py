@@ -7,9 +7,12 @@ bridge is imported, and torch imports it by itself (`TORCH_DEVICE_BACKEND_AUTOLO
 from __future__ import annotations
 
 import os
+import re
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 MODE = "PT_HPU_LAZY_MODE"
@@ -17,6 +20,10 @@ MODE = "PT_HPU_LAZY_MODE"
 # the variable is always set by the time that either is imported.
 DEFAULT_MODE = "0"
 _MODES = {"0": False, "1": True}
+# The bridge loads another library in each mode (habana_frameworks/torch/__init__.py). Its own `is_lazy` reads the
+# variable again whenever it is asked, and so does not tell what was loaded.
+_LIBRARY = re.compile(r"libhabana_pytorch(2?)_plugin(\.upstream)?\.so")
+_LOADED = Path("/proc/self/maps")
 
 
 def why_missing() -> str | None:
@@ -78,4 +85,8 @@ def _is_imported() -> bool:
 
 
 def _bridge_is_lazy() -> bool:
+    """Whether the bridge runs lazy, by the library that it has loaded; by its own word where that has another name."""
+    with suppress(OSError):
+        if (loaded := _LIBRARY.search(_LOADED.read_text(encoding="utf-8", errors="replace"))) is not None:
+            return not loaded[1]
     return bool(import_module("habana_frameworks.torch.utils.internal").is_lazy())

@@ -25,6 +25,7 @@ from transformers.trainer import safe_globals  # type: ignore[attr-defined]  # d
 
 from paca_hpu import bridge
 from paca_hpu.portable import make_portable, make_scheduler_portable
+from paca_hpu.writes import write_what_is_due
 
 logger = logging.getLogger("paca")
 
@@ -78,8 +79,8 @@ class PacaGaudiTrainer(GaudiTrainer):  # type: ignore[misc]
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """Write the columns before an HPU graph is recorded, so that the write does not become part of it."""
-        if training and self.args.use_hpu_graphs_for_training and hasattr(self.model, "active_adapters"):
-            self.model.set_adapter(self.model.active_adapter)
+        if training and self.args.use_hpu_graphs_for_training:
+            write_what_is_due(self.model)
         return super()._wrap_model(model, training, dataloader)
 
     def create_optimizer(self) -> Any:

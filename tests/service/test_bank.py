@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ def test_a_swapped_model_gives_the_bits_that_peft_gives(folders: dict[str, Path]
         wanted = PeftModel.from_pretrained(tiny.llama(), folders[name])
         assert torch.equal(tiny.logits(bank.model), tiny.logits(wanted)), name
         assert bank.active == name
+
+
+def test_the_writes_of_a_swap_are_a_graph_of_their_own(folders: dict[str, Path]) -> None:
+    bank = bank_of(folders)
+    told: list[str] = []
+    switch = bank._ops.switch_columns
+    bank._ops = replace(
+        bank._ops,
+        end_graph=lambda: told.append("end"),
+        switch_columns=lambda changes: (told.append("write"), switch(changes))[1],
+    )
+    for name in ("a", "c", None):
+        bank.swap(name)
+    assert told == ["end", "write", "end"] * 3
 
 
 def test_conv1d_weights_are_swapped_too(tmp_path: Path) -> None:

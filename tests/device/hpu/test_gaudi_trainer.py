@@ -271,6 +271,18 @@ def test_columns_are_written_before_an_hpu_graph_is_recorded(tmp_path):
 
 
 @on_the_cpu
+@lazy_only
+def test_hpu_graphs_are_recorded_of_a_model_without_adapters_too(tmp_path):
+    from habana_frameworks.torch import calls
+
+    args = arguments(tmp_path, use_hpu_graphs_for_training=True, max_steps=1)
+    model = llama(attn_implementation="eager", use_cache=False)
+    recorded = calls.count("ModuleCacher")
+    paca.trainer_class()(model=model, args=args, train_dataset=Rows()).train()
+    assert calls.count("ModuleCacher") == recorded + 1
+
+
+@on_the_cpu
 def test_fp8_is_refused_before_it_replaces_the_layers(tmp_path):
     args = arguments(tmp_path)
     args.fp8 = True
@@ -331,7 +343,9 @@ def test_the_doctor_prints_the_vendors_count_beside_its_own_and_goes_by_both(rec
     from paca.cli import main
 
     command = ["doctor", "--graphs", recipe, "--steps", "4"]
+    waited = calls.count("synchronize")
     assert main(command) == 0
+    assert calls.count("synchronize") >= waited + 4  # graphs are compiled while the host goes on
     assert "compiled, by the vendor  0, 0, 0, 0 in steps 1 to 4" in capsys.readouterr().out
 
     def compile_anew(name, facts):

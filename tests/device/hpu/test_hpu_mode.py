@@ -48,6 +48,23 @@ def test_a_mode_that_came_too_late_is_refused(monkeypatch):
         paca.set_backend("hpu")
 
 
+@pytest.mark.parametrize("upstream", ["", ".upstream"])
+@pytest.mark.parametrize(("wanted", "loaded"), [("0", ""), ("0", "2"), ("1", ""), ("1", "2")])
+def test_what_the_bridge_has_loaded_counts_not_what_the_variable_says_since(
+    monkeypatch, tmp_path, wanted, loaded, upstream
+):
+    internal = ModuleType("internal")
+    internal.is_lazy = lambda: wanted != "0"  # the bridge's own answer reads the variable again
+    maps = tmp_path / "maps"
+    maps.write_text(f"7f00-7f01 r-xp 0 08:01 9 /usr/lib/libhabana_pytorch{loaded}_plugin{upstream}.so\n")
+    monkeypatch.setattr(bridge, "_LOADED", maps)
+    monkeypatch.setenv(bridge.MODE, wanted)
+    monkeypatch.setitem(sys.modules, "habana_frameworks.torch", ModuleType("habana_frameworks.torch"))
+    monkeypatch.setattr(bridge, "import_module", lambda name: internal)
+    lazy = loaded == ""
+    assert (bridge.why_wrong_mode() is None) == (lazy == (wanted == "1"))
+
+
 def test_the_mode_is_set_to_the_vendors_default_where_nobody_has(monkeypatch):
     monkeypatch.delenv(bridge.MODE, raising=False)
     assert bridge.why_wrong_mode() is None
