@@ -8,6 +8,8 @@ n is within γ_n·|x|ᵀ|y| of the exact one, whatever the order of the sum; so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,30 @@ def product_bound(a: Tensor, b: Tensor, dtype: torch.dtype, plus: Tensor | None 
     product = a @ b
     largest = product.abs() if plus is None else torch.maximum(product.abs(), (product + plus).abs())
     return summed + roundings * rounding_bound(largest + summed, dtype)
+
+
+def sum_of_products_bound(factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Bound |computed - exact| for the sum of `a @ b` over all (a, b), added in their order.
+
+    The terms are summed in float32; each product, and each sum so far, may be rounded to `dtype`.
+
+    Args:
+        factors: (m, k) and (k, n) float64 of each product; k may differ.
+        dtype: of the result.
+
+    Returns:
+        (m, n) float64.
+    """
+    products = [a @ b for a, b in factors]
+    magnitude = torch.stack([a.abs() @ b.abs() for a, b in factors]).sum(0)
+    summed = gamma(sum(len(b) for _, b in factors), ACCUMULATOR_ROUNDOFF) * magnitude
+    total, error = torch.zeros_like(magnitude), summed
+    for number, product in enumerate(products):
+        total = total + product
+        error = error + rounding_bound(product.abs() + summed, dtype)
+        if number:
+            error = error + rounding_bound(total.abs() + error, dtype)
+    return error
 
 
 def rounding_bound(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,10 @@ Each operation's result is compared with the same operation in float64: equal me
 sums and products the terms are counted in units of their last common binary place: if Σ|a||b| is at most 2^24 units,
 every partial sum in any order, tree or split is an integer number of units that float32 holds. By induction over the
 operations the whole computation has one possible result, wherever sums are formed in float32 or wider.
+
+Float64 may only judge what it does not round itself, so elementwise sums must fit its 53 bits and factors that are
+Python numbers must be float32's; products of two float32 fit always. A factor `alpha` is a power of two: some devices
+round the product before they add it. What is written by index is written once.
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ _ELEMENTWISE |= {aten._to_copy, aten._unsafe_view, aten.clone, aten.copy_, aten.
 _ELEMENTWISE |= {aten.flip, aten.cat, aten.stack, aten.index_select, aten.index_copy, aten.index_copy_}
 _ELEMENTWISE |= {aten.index_fill, aten.index_fill_, aten.scatter_}
 _ELEMENTWISE |= {aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.eye, aten.scalar_tensor}
+_PAIRWISE_SUMS = {aten.add, aten.add_, aten.sub, aten.rsub}
+_INDEXED_WRITES = {aten.index_copy, aten.index_copy_, aten.scatter_}
+_FLOAT64_BITS = 53
 # Results that no number of the computation goes into: unwritten memory, random numbers, comparisons, column numbers.
 _NO_VALUES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 _NO_VALUES |= {aten.uniform_, aten.normal_, aten.randint, aten.randperm}
@@ -68,7 +75,9 @@ class Certificate(TorchDispatchMode):
             raise NotExactError(f"{func} is none of the operations that can be proved exact")
         wide_args = tree_map(_widened, args)  # before an in-place operation changes them
         wide_kwargs = {name: _wide_dtype(tree_map(_widened, value)) for name, value in kwargs.items()}
-        if packet not in _ELEMENTWISE:
+        if packet in _ELEMENTWISE:
+            _check_elementwise(func, args, kwargs)
+        else:
             self._check_sum(func, args, kwargs)
         result = func(*args, **kwargs)
         exact = func(*wide_args, **wide_kwargs)
@@ -84,8 +93,9 @@ class Certificate(TorchDispatchMode):
         """Bound every partial sum of an operation: on absolute values it gives Σ|a||b|."""
         if not {abs(kwargs.get(factor, 1)) for factor in ("alpha", "beta")} <= {1}:
             raise NotExactError(f"{func} with alpha or beta other than 1 and -1 cannot be proved exact")
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        places = list(map(_last_place, tensors))
+        places = list(map(_last_place, _floating(args)))
+        if not places:  # integers do not round
+            return
         if func.overloadpacket in _PRODUCTS:
             places[-2:] = [places[-2] + places[-1]]
         wide = {name: _wide_dtype(value) for name, value in kwargs.items() if name not in ("alpha", "beta")}
@@ -100,6 +110,33 @@ class Certificate(TorchDispatchMode):
                 f"{func}: a partial sum can need {math.ceil(bits)} bits, more than the {self.accumulator_bits} of the "
                 "accumulator"
             )
+
+
+def _check_elementwise(func: Any, args: Any, kwargs: Any) -> None:
+    """See that float64 can judge an operation, and that it has one result."""
+    packet, tensors = func.overloadpacket, _floating(args)
+    for factor in (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float)):
+        if float(torch.tensor(factor, dtype=torch.float32)) != factor:
+            raise NotExactError(f"{func} with {factor!r}, which rounds to torch.float32")
+    alpha = kwargs.get("alpha", 1)
+    if alpha and math.frexp(abs(alpha))[0] != 0.5:
+        raise NotExactError(f"{func} with an alpha of {alpha}, no power of two: the product may be rounded or not")
+    if packet in _PAIRWISE_SUMS and tensors:
+        scalars = [torch.tensor(float(leaf)) for leaf in args if isinstance(leaf, (int, float))]
+        terms = [*tensors, *scalars]
+        largest = sum(float(term.abs().max()) for term in terms if term.numel()) * max(1, abs(alpha))
+        lowest = min(map(_last_place, terms)) + min(0.0, math.log2(abs(alpha) or 1))
+        if largest and math.log2(largest) - lowest > _FLOAT64_BITS:
+            raise NotExactError(f"{func} needs more bits than float64 has")
+    if packet in _INDEXED_WRITES:
+        dim, index = args[1], args[2]
+        in_order = index.sort(dim if index.dim() > 1 else 0).values
+        if bool((in_order.diff(dim=dim if index.dim() > 1 else 0) == 0).any()):
+            raise NotExactError(f"{func} writes one place twice, and the last to do so may be either")
+
+
+def _floating(args: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _widened(x: Any, absolute: bool = False) -> Any:

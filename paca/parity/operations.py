@@ -12,7 +12,7 @@ from torch import Tensor
 from paca.backend import Backend, Ops
 from paca.parity.cases import Case
 from paca.parity.layouts import Bias, Storage
-from paca.parity.truth import SIGNS
+from paca.parity.truth import readers
 from paca.strategies import ColumnSwitch, ColumnWrite
 
 # Results with an axis for each leading size of x.
@@ -37,15 +37,13 @@ def run_grad_input(case: Case, ops: Ops, device: torch.device) -> dict[str, Tens
 
 
 def run_grad_input_sum(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
-    """`gy W - gy W + gy W`, the second with its outputs in reverse."""
+    """The sum of the products of `readers`."""
     assert ops.grad_input_sum is not None
-    gy, weight = case.inputs["gy"], case.expected["adapted"]
-    readers = [(gy, weight) if sign > 0 else (gy.flip(1), -weight.flip(0)) for sign in SIGNS]
-    return {
-        "grad_input_sum": ops.grad_input_sum(
-            [shaped(case, each, device) for each, _ in readers], [matrix_of(case, each, device) for _, each in readers]
-        )
-    }
+    gys, weights = zip(*readers(case.inputs["gy"], case.expected["adapted"]), strict=True)
+    total = ops.grad_input_sum(
+        [shaped(case, gy, device) for gy in gys], [matrix_of(case, weight, device) for weight in weights]
+    )
+    return {"grad_input_sum": total}
 
 
 def run_grad_columns(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
@@ -71,19 +69,26 @@ def run_write(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
 
 
 def run_switch(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
-    """Put pretrained columns back and write others: one weight turns to other columns, one to new values."""
+    """Put pretrained columns back and write others: one weight turns to other columns, one keeps all but one."""
     weight, index = case.inputs["weight"], case.inputs["index"]
     others = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]
-    new = _column_write(case, weight, index, case.inputs["delta"], device)
-    left = None
-    if len(others):
-        left = replace(_column_write(case, weight, others, weight.index_select(1, others), device), weight=new.weight)
-        new.weight.index_fill_(1, left.index, 7.0)  # what the adapter that is left had there
-    before = _column_write(case, case.expected["adapted"], index, case.inputs["delta"], device)
-    before = replace(before, base=new.base)
-    after = replace(before, delta=case.inputs["delta_after"].to(device))
-    ops.switch_columns([ColumnSwitch(left, new, apart=True), ColumnSwitch(before, after, apart=False)])
-    return {"adapted": new.weight, "adapted_after": after.weight}
+    turned, kept = (_column_write(case, weight, index, case.inputs[key], device) for key in ("delta", "delta_after"))
+    one_more = torch.cat([index, others[:1]]).sort().values
+    ops.switch_columns(
+        [
+            ColumnSwitch(_left(case, others, turned, device) if len(others) else None, turned, apart=True),
+            ColumnSwitch(_left(case, one_more, kept, device), kept, apart=False),
+        ]
+    )
+    return {"adapted": turned.weight, "adapted_after": kept.weight}
+
+
+def _left(case: Case, index: Tensor, new: ColumnWrite, device: torch.device) -> ColumnWrite:
+    """Return the columns of an adapter that is left for `new`, and let their weight hold some of its values."""
+    weight = case.inputs["weight"]
+    left = _column_write(case, weight, index, weight.new_zeros(len(weight), len(index)), device)
+    new.weight.index_fill_(1, left.index, 7.0)
+    return replace(left, weight=new.weight)
 
 
 class Operation(NamedTuple):

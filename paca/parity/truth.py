@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from paca.parity.bounds import columns_bound, product_bound, rounding_bound
+from paca.parity.bounds import columns_bound, product_bound, rounding_bound, sum_of_products_bound
 from paca.parity.layouts import Bias
 
 if TYPE_CHECKING:
     from paca.parity.cases import Case
-
-# How the products of a sum of input gradients are made from one: those of layers that read the same input. The second
-# has its outputs in reverse, so that no product may stand in for another.
-SIGNS = (1, -1, 1)
-
 
 class Truth(NamedTuple):
     """An exact result in float64, the dtype it comes in, and how far a computed one may be from it (None: not)."""
@@ -36,7 +31,7 @@ def truths(case: Case, adapted: Tensor, adapted_after: Tensor) -> dict[str, Trut
 
     Returns:
         By name: gathered `x[..., index]` (tokens, r), y (tokens, out), grad_input (tokens, in) and the same as the sum
-        of three products with `SIGNS`, adapted (out, in), grad_delta (out, r), grad_bias (out,), and adapted_after and
+        of the products of `readers`, adapted (out, in), grad_delta (out, r), grad_bias (out,), and adapted_after and
         y_after, what they are after the optimizer's step.
     """
     dtype, index, scale = case.dtype, case.inputs["index"], case.scale
@@ -54,11 +49,7 @@ def truths(case: Case, adapted: Tensor, adapted_after: Tensor) -> dict[str, Trut
         "gathered": Truth(xs, dtype, None),
         "y": _output(x, w, bias, dtype),
         "grad_input": Truth(gy @ w, dtype, product_bound(gy, w, dtype)),
-        "grad_input_sum": Truth(
-            gy @ w,
-            dtype,
-            product_bound(gy.repeat(1, 3), torch.cat([sign * w for sign in SIGNS]), dtype, roundings=3),
-        ),
+        "grad_input_sum": Truth(gy @ w, dtype, sum_of_products_bound(readers(gy, w), dtype)),
         "adapted": Truth(columns_exact(case, after=False), dtype, _columns_bound(weight, index, delta, scale, dtype)),
         "grad_delta": Truth(scale * columns, wide, scaled_error),
         "grad_bias": Truth((ones @ gy)[0], dtype, product_bound(ones, gy, dtype)[0]),
@@ -73,6 +64,16 @@ def truths(case: Case, adapted: Tensor, adapted_after: Tensor) -> dict[str, Trut
         for key, truth in found.items()
         if key in case.output_names
     }
+
+
+def readers(gy: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Make three layers that read the same input from one: gy (tokens, out) and weight (out, in) of each.
+
+    The sum of their products is `gy @ weight`. The first is of other tokens; the last takes it away again, with its
+    outputs in reverse. So neither the first nor the last may be left out, and none may stand in for another.
+    """
+    others = gy.roll(1, 0)
+    return [(others, weight), (gy, weight), (others.flip(1), -weight.flip(0))]
 
 
 def columns_exact(case: Case, after: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from paca import registry, strategies
 from paca.backend import Capabilities, GraphMode, Ops
-from paca.strategies import ColumnWrite
+from paca.strategies import ColumnSwitch, ColumnWrite
 
 CPU = registry._load("cpu")
 
@@ -115,6 +115,16 @@ def grad_columns_of_first_block(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
     return strategies.grad_columns_matmul(gy[:some], xs[:some], scale)
 
 
+def grad_input_of_first_reader(gys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Leave out the layers after the first that read the same input."""
+    return gys[0] @ weights[0]
+
+
+def switch_without_restoring(switches: Sequence[ColumnSwitch]) -> None:
+    """Write the new columns, but restore the old ones only if none of them is new."""
+    strategies.switch_scatter([switch if switch.apart else replace(switch, old=None) for switch in switches])
+
+
 def no_gather(x: Tensor, index: Tensor) -> Tensor:
     raise NotImplementedError("this device has no gather")
 
@@ -153,6 +163,14 @@ class UpdateRoundedFirst(Planted):
 
 class FirstBlockOnly(Planted):
     ops_in_use = Ops(grad_columns=grad_columns_of_first_block)
+
+
+class FirstReaderOnly(Planted):
+    ops_in_use = Ops(grad_input_sum=grad_input_of_first_reader)
+
+
+class OldColumnsLeft(Planted):
+    ops_in_use = Ops(switch_columns=switch_without_restoring)
 
 
 class Raising(Planted):

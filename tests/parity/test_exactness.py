@@ -170,6 +170,12 @@ def test_no_sum_whose_order_matters_is_certified(sum_of_three):
         (lambda: aten.addmm(ONES, ONES, ONES[:1], alpha=3), "alpha or beta other than 1"),
         (lambda: ONES / 3, "rounds to torch.float32"),
         (lambda: (ONES + 2.0**-9).bfloat16(), "rounds to torch.bfloat16"),
+        (lambda: ONES * 3 * (2 / 3), "0.6666666666666666, which rounds to torch.float32"),
+        (lambda: ONES * 2.0**60 - ONES, "more bits than float64 has"),
+        (lambda: ONES * 2.0**60 + 1, "more bits than float64 has"),
+        (lambda: torch.add(-3 * ONES, ONES * (2**23 + 1), alpha=3), "an alpha of 3, no power of two"),
+        (lambda: torch.zeros(1, 3).index_copy(1, torch.tensor([0, 0]), ONES[None, :2, 0]), "writes one place twice"),
+        (lambda: torch.zeros(1, 3).scatter_(1, torch.tensor([[0, 0]]), ONES[None, :2, 0]), "writes one place twice"),
     ],
 )
 def test_what_nobody_proved_is_not_certified(operation, message):
@@ -183,6 +189,16 @@ def paca_ops_of_its_own():
     library.define("twice(Tensor x) -> Tensor")
     library.impl("twice", lambda x: x * 2, "CPU")
     return torch.ops.parity_test.twice(ONES)
+
+
+def test_what_cannot_round_is_certified():
+    with Certificate() as certificate:
+        torch.tensor([1, 2]).sum()
+        torch.ones(2, 1, dtype=torch.int64) @ torch.ones(1, 2, dtype=torch.int64)
+        torch.zeros(2, 3).scatter_(1, torch.tensor([[0, 1], [0, 1]]), torch.ones(2, 2))
+        torch.add(ONES, ONES, alpha=-(2.0**-5))
+        torch.empty(0, 3) + 1
+    assert certificate.operations > 4
 
 
 def test_sums_that_only_happen_to_be_exact_are_not_certified():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paca.parity.bounds import columns_bound, gamma, product_bound, rounding_bound
+from paca.parity.bounds import columns_bound, gamma, product_bound, rounding_bound, sum_of_products_bound
 from paca.parity.findings import Status
 from paca.parity.formats import SIGNIFICAND_BITS, first_difference, ulp_distance, unit_roundoff
 from paca.parity.judge import within_bound
@@ -37,6 +37,30 @@ def test_float32_sums_in_any_order_stay_within_the_bound(length, dtype, spread, 
     verdict = within_bound(total.to(dtype), truth, "product")
     assert verdict.status is Status.WITHIN_BOUND
     assert verdict.fraction <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+    each_rounded=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_products_that_are_added_one_by_one_stay_within_their_bound(lengths, dtype, each_rounded, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    factors = [(draw(5, length), draw(length, 4)) for length in lengths]
+    total = torch.zeros(5, 4)
+    for a, b in factors:
+        product = a.float() @ b.float()
+        total = (total + (product.to(dtype).float() if each_rounded else product)).to(dtype).float()
+    wide = [(a.double(), b.double()) for a, b in factors]
+    exact = sum(a @ b for a, b in wide)
+    verdict = within_bound(total.to(dtype), Truth(exact, dtype, sum_of_products_bound(wide, dtype)), "sum")
+    assert verdict.status is Status.WITHIN_BOUND
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
