@@ -86,7 +86,7 @@ def run_switch(case: Case, ops: Ops, device: torch.device) -> dict[str, Tensor]:
 def _left(case: Case, index: Tensor, new: ColumnWrite, device: torch.device) -> ColumnWrite:
     """Return the columns of an adapter that is left for `new`, and let their weight hold some of its values."""
     weight = case.inputs["weight"]
-    left = _column_write(case, weight, index, weight.new_zeros(len(weight), len(index)), device)
+    left = _column_write(case, weight, index, case.inputs["delta"].new_zeros(len(weight), len(index)), device)
     new.weight.index_fill_(1, left.index, 7.0)
     return replace(left, weight=new.weight)
 

@@ -13,6 +13,7 @@ from paca.parity.layouts import Bias
 if TYPE_CHECKING:
     from paca.parity.cases import Case
 
+
 class Truth(NamedTuple):
     """An exact result in float64, the dtype it comes in, and how far a computed one may be from it (None: not)."""
 
