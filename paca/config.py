@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -168,13 +169,13 @@ class PacaConfig(PeftConfig):
             whole = sorted(prefix) == ["max", "min"] and all(type(b) is int for b in prefix.values())
             if not whole or not 1 <= prefix["min"] <= prefix["max"] <= self.r:
                 raise ValueError(f"`prefix_training` must be {{min: b, max: b'}} with 1 ≤ b ≤ b' ≤ r, found {prefix!r}")
-        if self.groups is not None and not 2 <= self.groups <= self.r:
-            raise ValueError(f"`groups` must be from 2 to r = {self.r}, found {self.groups}")
+        if self.groups is not None and not (type(self.groups) is int and 2 <= self.groups <= self.r):
+            raise ValueError(f"`groups` must be a whole number from 2 to r = {self.r}, found {self.groups!r}")
         steps = isinstance(self.reselect, int) and not isinstance(self.reselect, bool) and self.reselect >= 1
         if self.reselect not in (None, "epoch") and not steps:
             raise ValueError(f"`reselect` must be a number of steps, at least 1, or 'epoch'; found {self.reselect!r}")
-        if self.group_lasso < 0:
-            raise ValueError(f"`group_lasso` must not be negative, found {self.group_lasso}")
+        if not isinstance(self.group_lasso, int | float) or not 0 <= self.group_lasso < math.inf:
+            raise ValueError(f"`group_lasso` must be a number, finite and not negative; found {self.group_lasso!r}")
         if self.groups is not None and self.prefix_training is not None:
             raise ValueError("`groups` and `prefix_training` both say which columns train in a step; choose one")
         if (self.selection == "largest_change") != (self.warmup_adapter is not None):

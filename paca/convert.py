@@ -129,7 +129,8 @@ def export_prefix(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLik
         for name, layer in saved.layers.items()
     }
     config = copy.deepcopy(saved.config)
-    config.prefix_training, config.rank_pattern = None, {}
+    config.prefix_training = config.groups = None  # how it was trained, and not with so few columns
+    config.rank_pattern = {}
     rank, alpha = _usual(layers)
     config.r, config.paca_alpha = rank, alpha  # type: ignore[assignment]
     config.alpha_pattern = {_only(n): _alpha(layer) for n, layer in layers.items() if _alpha(layer) != alpha}

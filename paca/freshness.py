@@ -124,17 +124,24 @@ def _paca_layers(model: nn.Module) -> list[PacaLayer]:
     return [module for module in model.modules() if isinstance(module, PacaLayer)]
 
 
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _owned(optimizer: Optimizer) -> list[PacaLayer]:
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = _parameters(optimizer)
     return [layer for layer in list(_layers) if not parameters.isdisjoint(map(id, layer.paca_delta.values()))]
 
 
-def _scheduled(layers: Iterable[PacaLayer]) -> list[tuple[Schedule, list[PacaLayer]]]:
-    """List the schedules of layers whose adapters are in use, each with its layers, in the order of their names."""
+def _scheduled(optimizer: Optimizer, layers: Iterable[PacaLayer]) -> list[tuple[Schedule, list[PacaLayer]]]:
+    """List the schedules of the deltas that an optimizer trains, each with its layers, in the order of their names."""
     found: dict[int, tuple[Schedule, list[PacaLayer]]] = {}
-    for layer in sorted((layer for layer in layers if layer.schedules), key=lambda layer: layer.name):
+    layers = sorted((layer for layer in layers if layer.schedules), key=lambda layer: layer.name)
+    parameters = _parameters(optimizer) if layers else set()
+    for layer in layers:
         for schedule in layer.schedules:
-            if schedule.adapter in layer.paca_delta and schedule.adapter in layer.active_adapters:
+            name = schedule.adapter
+            if name in layer.active_adapters and name in layer.paca_delta and id(layer.paca_delta[name]) in parameters:
                 found.setdefault(id(schedule), (schedule, []))[1].append(layer)
     return list(found.values())
 
@@ -151,7 +158,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in layers:
         if layer.steps_per_check and step % layer.steps_per_check == 0:
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
-    for schedule, trained in _scheduled(_owned(optimizer)):
+    for schedule, trained in _scheduled(optimizer, _owned(optimizer)):
         schedule.before_step(optimizer, trained)
 
 
@@ -161,7 +168,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _layers:
         return
     layers = _owned(optimizer)
-    for schedule, trained in _scheduled(layers):
+    for schedule, trained in _scheduled(optimizer, layers):
         schedule.after_step(optimizer, trained)
     if layers:
         write_changed(layers)

@@ -354,6 +354,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def replace_columns(self, adapter: str, index: Tensor) -> None:
         """Let an adapter train other columns, (r,) sorted; those given up get their pretrained values back."""
         self.paca_indices[adapter] = index.to(self.paca_indices[adapter].device)
+        self.expected_fingerprint[adapter] = ""  # that of the columns it was loaded with
         self._mark_checked(adapter)
 
     def _live(self, names: Sequence[str]) -> list[str]:

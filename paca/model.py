@@ -6,9 +6,10 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -81,20 +82,18 @@ class PacaModel(BaseTuner):
         config = settings(self.peft_config[adapter_name])
         given: Any = self.peft_config[adapter_name]
         given.target_modules = config.target_modules = _targets_asked(config, model)
-        if config.selection == "s2ft" and config.columns is None:
-            config = self._structured(model, config)
-            self.peft_config[adapter_name] = config
-        if config.selection == "largest_change" and config.columns is None:
-            config = largest_changes(config, self.targets(model, config))
+        reorders = config.copermute and config.columns is None
+        config = self.with_columns(model, config)
+        if config.columns is not None:
             self.peft_config[adapter_name] = config
         self._refuse_moved_rows(model, config)
-        ranks = self._ranks_of_columns(model, config)
-        ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
-        if ranks:  # columns are not saved with the config; how many there are must be
-            config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
         self._tied = Counter(_memory(p) for _, p in model.named_parameters(remove_duplicate=False))
         if known_tensors is None and config.target_modules != DUMMY_TARGET_MODULES:
             self.check_fits(model, config)
+        if config.groups and not config.inference_mode:
+            self._refuse_unheld(model, config)
+        if reorders:
+            self._reorder(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.start_from == "checkpoint" and known_tensors is None and not config.inference_mode:
             source = config.base_model_name_or_path or getattr(getattr(model, "config", None), "name_or_path", "")
@@ -102,6 +101,17 @@ class PacaModel(BaseTuner):
         self._schedule(config, adapter_name)
         share_inputs((name, layer) for name, layer in model.named_modules() if isinstance(layer, PacaLayer))
         self._report_residency(config, adapter_name)
+
+    def _refuse_unheld(self, model: nn.Module, config: PacaConfig) -> None:
+        """Keep groups off weights that cannot hold all columns while one group trains."""
+        for name in self.targets(model, config):
+            layer = model.get_submodule(name)
+            residency = layer.residency if isinstance(layer, PacaLayer) else self._residency(config, layer, name)
+            if residency != "resident":
+                raise ValueError(
+                    f"{name}: groups need weights that hold their columns, this is {residency}; leave the layer out, "
+                    "or `groups`"
+                )
 
     def _refuse_moved_rows(self, model: nn.Module, config: PacaConfig) -> None:
         """Keep adapters off layers whose rows were reordered: their files would have the rows in that order."""
@@ -130,25 +140,53 @@ class PacaModel(BaseTuner):
         for layer in self._adapted_layers():
             layer.schedules = [schedule for schedule in layer.schedules if schedule.adapter != adapter_name]
             if adapter_name in layer.paca_delta:
-                if config.groups and layer.residency != "resident":
-                    raise ValueError(
-                        f"{layer.name}: groups need weights that hold their columns, this is {layer.residency}"
-                    )
                 layer.schedules += made
 
-    def _structured(self, model: nn.Module, config: PacaConfig) -> PacaConfig:
-        """Draw whole heads and channels, and put them side by side in the base model if that is asked for."""
-        made = s2ft.chosen(model, config, self.targets(model, config))
-        if made.copermute:
-            if adapted := [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+    @classmethod
+    def with_columns(cls, model: nn.Module, config: PacaConfig) -> PacaConfig:
+        """Return a config with the columns that depend on all layers or on another adapter, and the ranks they mean.
+
+        Raises:
+            ValueError, FileNotFoundError: if they cannot be chosen; see `paca.s2ft` and `paca.largest_change`.
+        """
+        if config.columns is None and config.selection == "s2ft":
+            config = s2ft.chosen(model, config, cls.targets(model, config))
+        elif config.columns is None and config.selection == "largest_change":
+            config = largest_changes(config, cls.targets(model, config))
+        ranks = cls._ranks_of_columns(model, config)
+        ranks = {name: r for name, r in ranks.items() if r != rank_of(config, name)}
+        if ranks:  # columns are not saved with the config; how many there are must be
+            config.rank_pattern = {**ranks, **{k: r for k, r in config.rank_pattern.items() if k not in ranks}}
+        return config
+
+    def _reorder(self, model: nn.Module, config: PacaConfig) -> None:
+        """Put the heads and channels that a config trains side by side in the base model."""
+        if adapted := [n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+            raise ValueError(f"copermute reorders the base model, and {adapted[0]} has an adapter; make this one first")
+        chosen = config.columns or {}
+        names = {key: next(n for n, _ in model.named_modules() if _names(key, n)) for key in chosen}
+        known = s2ft.blocks(model)
+        self._refuse_trained_rows(
+            model, config, {maker for name in names.values() for maker in known[name].maker_paths}
+        )
+        self._permutation = copermute(model, {names[key]: columns for key, columns in chosen.items()})
+        config.columns = {key: list(range(len(columns))) for key, columns in chosen.items()}
+
+    @staticmethod
+    def _refuse_trained_rows(model: nn.Module, config: PacaConfig, makers: Iterable[str]) -> None:
+        """Keep what else trains off linears whose rows were reordered: it would be saved in that order."""
+        for name in sorted(makers):
+            if config.bias == "all" and model.get_submodule(name).bias is not None:
                 raise ValueError(
-                    f"copermute reorders the base model, and {adapted[0]} has an adapter; make this one first"
+                    f"copermute reorders the rows of {name}, whose bias would be saved in that order; use "
+                    "bias='paca_only', or leave copermute out"
                 )
-            names = {key: next(n for n, _ in model.named_modules() if _names(key, n)) for key in made.columns or {}}
-            wanted = {names[key]: columns for key, columns in (made.columns or {}).items()}
-            self._permutation = copermute(model, wanted)
-            made.columns = {key: list(range(len(columns))) for key, columns in (made.columns or {}).items()}
-        return made
+            inside = list(accumulate(name.split("."), "{}.{}".format))  # the module, and those around it
+            if saved := [module for module in config.modules_to_save or () if any(n.endswith(module) for n in inside)]:
+                raise ValueError(
+                    f"copermute reorders the rows of {name}, which modules_to_save={saved[0]!r} would save in that "
+                    "order; leave one of the two out"
+                )
 
     @classmethod
     def targets(cls, model: nn.Module, config: Any) -> dict[str, nn.Module]:
@@ -207,6 +245,11 @@ class PacaModel(BaseTuner):
                 f"r = {rank_of(config, name)} is more than the {width} input columns of {name} ({len(too_wide)} of "
                 f"{len(widths)} targeted layers have fewer than r); choose r ≤ {width}, set rank_pattern for these "
                 "layers, or exclude them"
+            )
+        if few := [name for name in widths if rank_of(config, name) < (config.groups or 0)]:
+            raise ValueError(
+                f"groups = {config.groups} is more than the {rank_of(config, few[0])} columns that {few[0]} trains "
+                f"({len(few)} of {len(widths)} targeted layers have fewer); choose fewer groups, or a larger r"
             )
         if config.selection in MEASURED and widths and config.columns is None and not calibrates:
             raise ValueError(
@@ -442,6 +485,9 @@ class PacaModel(BaseTuner):
         config.paca_alpha, config.exclude_modules, config.base_fingerprint = config.r, None, None
         config.target_modules = "|".join(re.escape(name) for name in sums)  # these, and no others that end alike
         config.layers_to_transform = config.layers_pattern = None
+        # How the parts were trained says nothing about the sum.
+        config.prefix_training = config.groups = config.reselect = None
+        config.group_lasso = 0.0
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():

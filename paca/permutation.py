@@ -57,21 +57,42 @@ def copermute(model: nn.Module, columns: Mapping[str, list[int]]) -> Permutation
             raise ValueError(f"{name} cannot be reordered: the linears that make its input are not known")
         if hasattr(model.get_submodule(name), ORDER):
             raise ValueError(f"{name} is reordered already, for another adapter; unload that one first")
-        parts = [model.get_submodule(f"{block.path}.{part}".lstrip(".")) for part in (*block.makers, block.reader)]
+        parts = [model.get_submodule(part) for part in (*block.maker_paths, name)]
         if any(type(part).forward is not nn.Linear.forward for part in parts):
             raise ValueError(f"{name} cannot be reordered: its weights are not plain ones, but quantised or wrapped")
+        if why := _why_not(model, block):
+            raise ValueError(f"{name} cannot be reordered: {why}")
         first = torch.tensor(sorted(chosen))
         unit = block.unit(whole_groups=True)
         if len(first) % unit or not torch.equal(first, (first[::unit, None] + torch.arange(unit)).flatten()):
             raise ValueError(f"{name}: columns must be whole groups of {unit}, which share a key head")
         rest = torch.ones(block.width, dtype=torch.bool)
         rest[first] = False
-        makers |= {f"{block.path}.{part}".lstrip(".") for part in block.makers}
+        makers.update(block.maker_paths)
         orders[name] = torch.cat([first, rest.nonzero().flatten()])
     for name, order in orders.items():
         _apply(model, known[name], order)
         setattr(model.get_submodule(name), ORDER, order)
     return Permutation(orders, frozenset(makers))
+
+
+def _why_not(model: nn.Module, block: Block) -> str:
+    """Say what else of the model depends on the order of a block's heads or channels, or nothing."""
+    memory = [parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False)]
+    parts = (*block.maker_paths, block.reader_path)
+    if any(memory.count(model.get_parameter(f"{part}.weight").data_ptr()) > 1 for part in parts):
+        return "one of its weights is tied to another module's"
+    if block.heads and getattr(getattr(model, "config", None), "num_kv_shared_layers", 0):
+        return "layers of this model share keys and values"
+    own = (*block.makers, block.reader)
+    for name, parameter in model.get_submodule(block.path).named_parameters():
+        if name.split(".")[0] in own:
+            continue
+        head = (block.width // block.heads,) if block.heads else ()
+        alike = name.count(".") == 1 and parameter.shape == head  # a norm that all heads have in common
+        if (block.heads and not alike) or (not block.heads and parameter.shape == (block.width,)):
+            return f"{name} {tuple(parameter.shape)} may belong to its heads or channels one by one"
+    return ""
 
 
 def _apply(model: nn.Module, block: Block, order: Tensor) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from paca.config import PacaConfig
@@ -53,7 +54,12 @@ class Block:
     @property
     def reader_path(self) -> str:
         """The reader's name in the model."""
-        return f"{self.path}.{self.reader}" if self.path else self.reader
+        return f"{self.path}.{self.reader}".lstrip(".")
+
+    @property
+    def maker_paths(self) -> list[str]:
+        """The makers' names in the model."""
+        return [f"{self.path}.{maker}".lstrip(".") for maker in self.makers]
 
     def unit(self, whole_groups: bool) -> int:
         """Columns that are chosen together: a channel, a head, or all query heads of one key head."""
@@ -68,7 +74,9 @@ def blocks(model: nn.Module) -> dict[str, Block]:
     for path, module in model.named_modules():
         for forms, attention in ((MLPS, False), (ATTENTIONS, True)):
             for makers, reader in forms:
-                parts = [part for part in (getattr(module, n, None) for n in (*makers, reader)) if _is_linear(part)]
+                parts = [
+                    part for n in (*makers, reader) if _is_linear(part := _below_adapters(getattr(module, n, None)))
+                ]
                 if len(parts) <= len(makers):
                     continue
                 *making, reading = parts
@@ -136,6 +144,10 @@ def _draw(alike: Mapping[str, Block], config: PacaConfig, reader: str) -> dict[s
         name, unit = units[number]
         columns.setdefault(name, []).extend(range(unit * sizes[name], (unit + 1) * sizes[name]))
     return columns
+
+
+def _below_adapters(part: object) -> object:
+    return part.get_base_layer() if isinstance(part, BaseTunerLayer) else part
 
 
 def _is_linear(part: object) -> TypeGuard[nn.Linear]:

@@ -46,7 +46,8 @@ class _Parts(Schedule):
 
     def __init__(self, adapter: str, seed: int) -> None:
         super().__init__(adapter, seed)
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # a tensor, the columns that rest, their values
+        # A delta, its columns that rest, and what these hold in it and in each tensor of its optimizer state.
+        self._kept: list[tuple[Tensor, Tensor, list[Tensor]]] = []
 
     def part(self, columns: int) -> tuple[int, int]:
         """Return the first and last + 1 of the columns that train in this step, of so many."""
@@ -59,13 +60,17 @@ class _Parts(Schedule):
             delta = layer.paca_delta[self.adapter]
             first, end = self.part(delta.shape[1])
             rest = torch.cat([torch.arange(first), torch.arange(end, delta.shape[1])]).to(delta.device)
-            for tensor in (delta, *state_of(optimizer, delta)):
-                self._kept.append((tensor, rest, tensor.detach().index_select(1, rest)))
+            tensors = (delta, *state_of(optimizer, delta))
+            self._kept.append((delta, rest, [tensor.detach().index_select(1, rest) for tensor in tensors]))
 
     def after_step(self, optimizer: Optimizer, layers: Sequence[PacaLayer]) -> None:
         """Put them back, and turn to the next part."""
-        for tensor, rest, values in self._kept:
-            tensor.data.index_copy_(1, rest, values)
+        for delta, rest, values in self._kept:
+            for number, tensor in enumerate((delta, *state_of(optimizer, delta))):
+                if number < len(values):
+                    tensor.data.index_copy_(1, rest, values[number])
+                else:  # made in this step, maybe of the values: SGD's momentum has the weight decay in it
+                    tensor.data.index_fill_(1, rest, 0)
         self._kept = []
         super().after_step(optimizer, layers)
 
@@ -135,6 +140,8 @@ class Reselect(Schedule):
         """Count, and choose anew when it is time."""
         super().after_step(optimizer, layers)
         assert self.every is not None
+        for layer in layers:  # an optimizer whose state has no columns is refused now, not when it is time
+            state_of(optimizer, layer.paca_delta[self.adapter])
         if self.step % self.every:
             return
         rows: dict[tuple[str, bytes], list[PacaLayer]] = {}

@@ -257,7 +257,7 @@ def check_adapter_fits(recipe: Recipe, config: Any) -> None:
                 f"target_modules {recipe.adapter.get('target_modules')} matches no layer; the model's linear ones are "
                 f"called {', '.join(sorted(linears))}"
             )
-        PacaModel.check_fits(model, settings, calibrates=True)
+        PacaModel.check_fits(model, PacaModel.with_columns(model, settings), calibrates=True)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import paca
+from paca.errors import AdapterError, BaseMismatchError
 from paca.schedule import Groups, Prefixes, go_to, state_of, steps_an_epoch
 
 OPTIMIZERS = {
@@ -152,9 +153,34 @@ def test_only_the_channels_of_the_group_are_kept() -> None:
     assert kept == {None: 6, 3: 2}
 
 
-def test_groups_need_weights_that_hold_their_columns() -> None:
+def test_groups_need_weights_that_hold_their_columns_and_a_column_each() -> None:
+    base = tiny.llama()
     with pytest.raises(ValueError, match="groups need weights that hold their columns, this is swap"):
-        tiny.adapted(tiny.llama(), groups=2, residency="swap")
+        tiny.adapted(base, groups=2, residency="swap")
+    with pytest.raises(ValueError, match=r"groups = 4 is more than the 2 columns that .*v_proj trains"):
+        tiny.adapted(base, groups=4, rank_pattern={"v_proj": 2})
+    assert not tiny.layers_of(base)
+
+
+def test_what_an_optimizer_makes_in_its_first_step_is_clean_where_columns_rest(make_optimizer: Any) -> None:
+    """Momentum that starts from a weight decay would move a resting column of a loaded adapter later."""
+    model = tiny.perturb(tiny.adapted(tiny.llama(), r=6, groups=3))
+    optimizer = make_optimizer(parameters(model))
+    first, end = schedule_of(model).part(6)
+    step(model, optimizer)
+    for layer in tiny.layers_of(model):
+        for tensor in state_of(optimizer, layer.paca_delta["default"]):
+            assert tensor[:, first:end].any()
+            assert not tensor[:, :first].any()
+            assert not tensor[:, end:].any()
+
+
+def test_the_first_columns_of_an_adapter_trained_by_groups_load(tmp_path: Path) -> None:
+    from paca.convert import export_prefix
+
+    tiny.adapted(tiny.llama(), r=8, groups=4).save_pretrained(tmp_path / "all")
+    export_prefix(tmp_path / "all", tmp_path / "two", 2)
+    PeftModel.from_pretrained(tiny.llama(), tmp_path / "two")
 
 
 # ------------------------------------------------------------------------------------------ other columns
@@ -228,11 +254,23 @@ def test_a_reselected_adapter_is_saved_with_the_columns_it_has(tmp_path: Path) -
     assert not torch.equal(saved[f"base_model.model.{drawn.name}.paca_indices"], drawn.paca_indices["default"])
 
 
-def test_an_optimizer_whose_state_has_no_columns_is_refused() -> None:
-    model = tiny.adapted(tiny.llama(), reselect=1)
+def test_an_optimizer_whose_state_has_no_columns_is_refused_in_its_first_step() -> None:
+    model = tiny.adapted(tiny.llama(), reselect=100)
     optimizer = torch.optim.Adafactor(parameters(model), lr=1e-2)
     with pytest.raises(TypeError, match="Adafactor keeps its state as"):
         step(model, optimizer)
+
+
+def test_a_loaded_adapter_with_other_columns_by_now_is_loaded_again(tmp_path: Path) -> None:
+    """The fingerprint that it came with is of the columns that it came with."""
+    tiny.adapted(tiny.llama(), r=8, reselect=1).save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny.llama(), tmp_path / "first", is_trainable=True)
+    step(model, OPTIMIZERS["AdamW"](parameters(model)))
+    model.save_pretrained(tmp_path / "second")
+    wanted = tiny.logits(model)
+    step(model, OPTIMIZERS["AdamW"](parameters(model)))
+    model.load_adapter(tmp_path / "second", "default")
+    assert torch.equal(tiny.logits(model), wanted)
 
 
 def test_the_largest_changes_of_a_warm_up_are_trained(tmp_path: Path) -> None:
@@ -248,6 +286,17 @@ def test_the_largest_changes_of_a_warm_up_are_trained(tmp_path: Path) -> None:
     PeftModel.from_pretrained(tiny.llama(), tmp_path / "again")
     with pytest.raises(ValueError, match=r"trained 12 columns of .* and 20 are to be chosen"):
         tiny.adapted(tiny.llama(), r=20, selection="largest_change", warmup_adapter=str(tmp_path))
+    tiny.adapted(tiny.llama(), selection="mask_random").save_pretrained(tmp_path / "mask")
+    with pytest.raises(AdapterError, match="is for adapters of columns, and this one trains single entries"):
+        tiny.adapted(tiny.llama(), selection="largest_change", warmup_adapter=str(tmp_path / "mask"))
+    tiny.adapted(tiny.llama(intermediate_size=96)).save_pretrained(tmp_path / "wider")
+    with pytest.raises(BaseMismatchError, match="maps 64 to 32 here, and 96 to 32 there"):
+        tiny.adapted(
+            tiny.llama(),
+            selection="largest_change",
+            target_modules=["down_proj"],
+            warmup_adapter=str(tmp_path / "wider"),
+        )
 
 
 # ------------------------------------------------------------------------------------------ layers that drop out
@@ -284,6 +333,23 @@ def test_the_penalty_is_the_proximal_map_of_the_norm() -> None:
 # ------------------------------------------------------------------------------------------ all of them
 
 
+@pytest.mark.parametrize("option", [PREFIX, {"groups": 2}, {"reselect": 1}, {"group_lasso": 9.0}], ids=str)
+def test_an_adapter_that_the_optimizer_does_not_train_stays_as_it_is(option: dict[str, Any]) -> None:
+    model = tiny.perturb(tiny.adapted(tiny.llama(), **option))
+    model.add_adapter("other", tiny.config(random_seed=3))
+    model.base_model.set_adapter(["default", "other"])
+    before, columns = deltas(model), [layer.paca_indices["default"].clone() for layer in tiny.layers_of(model)]
+    step(model, torch.optim.SGD([layer.paca_delta["other"] for layer in tiny.layers_of(model)], lr=0.1))
+    assert all(torch.equal(delta, before[name]) for name, delta in deltas(model).items())
+    assert all(map(torch.equal, columns, [layer.paca_indices["default"] for layer in tiny.layers_of(model)]))
+
+
+def test_a_sum_of_adapters_is_trained_as_any_other() -> None:
+    model = tiny.adapted(tiny.llama(), r=8, groups=4, group_lasso=1.0)
+    model.base_model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "sum")
+    assert {schedule.adapter for layer in tiny.layers_of(model) for schedule in layer.schedules} == {"default"}
+
+
 @pytest.mark.parametrize("option", [PREFIX, {"groups": 2}, {"reselect": 2}], ids=["prefix", "groups", "reselect"])
 def test_a_resumed_run_trains_what_an_uninterrupted_one_does(option: dict[str, Any], tmp_path: Path) -> None:
     def run(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -309,10 +375,13 @@ def test_a_resumed_run_trains_what_an_uninterrupted_one_does(option: dict[str, A
     [
         ({"prefix_training": {"min": 3, "max": 9}}, "1 ≤ b ≤ b' ≤ r"),
         ({"prefix_training": {"most": 3}}, "must be {min: b, max: b'}"),
-        ({"groups": 1}, "must be from 2 to r = 4"),
+        ({"groups": 1}, "must be a whole number from 2 to r = 4"),
+        ({"groups": 2.5}, "must be a whole number from 2 to r = 4"),
         ({"groups": 2, "prefix_training": {"min": 1, "max": 2}}, "choose one"),
         ({"reselect": 0}, "at least 1"),
-        ({"group_lasso": -1.0}, "must not be negative"),
+        ({"group_lasso": -1.0}, "finite and not negative; found -1.0"),
+        ({"group_lasso": float("nan")}, "finite and not negative; found nan"),
+        ({"group_lasso": "0.5"}, "must be a number"),
         ({"selection": "largest_change"}, "need each other"),
     ],
 )

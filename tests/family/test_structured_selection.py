@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import paca
 from paca.permutation import copermute
@@ -226,3 +233,57 @@ def test_a_head_is_never_torn_apart() -> None:
         copermute(tiny.llama(), {"model.layers.0.self_attn.o_proj": list(range(8))})
     with pytest.raises(ValueError, match="needs selection='s2ft'"):
         tiny.config(copermute=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"modules_to_save": ["fc1"]}, {"groups": 2, "residency": "swap"}], ids=str
+)
+def test_what_cannot_be_reordered_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
+    """Biases and modules that train in full would be saved in the new order; no weight moves before the refusal."""
+    base = opt()
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    with pytest.raises(ValueError, match=r"copermute reorders the rows of|groups need weights"):
+        get_peft_model(base, tiny.config(**{**S2FT, **options}, copermute=True, target_modules="all-linear"))
+    assert tiny.same_bits({name: p.detach() for name, p in base.named_parameters()}, before)
+    assert not any(hasattr(module, "_paca_order") for module in base.modules())
+
+
+def olmo2() -> Any:
+    """Norms over all queries and all keys: each head has its own part of the weight."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return Olmo2ForCausalLM(Olmo2Config(vocab_size=tiny.VOCABULARY, eos_token_id=2, **sizes))
+
+
+class Normed(torch.nn.Module):
+    """An MLP with a norm between its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 8)
+
+
+def tied() -> Any:
+    model = tiny.llama()
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "says"),
+    [
+        (olmo2, "model.layers.0.self_attn.o_proj", r"q_norm\.weight \(32,\) may belong to its heads"),
+        (Normed, "fc2", r"norm\.weight \(16,\) may belong to its heads or channels"),
+        (tied, "model.layers.0.mlp.down_proj", "tied to another module"),
+    ],
+)
+def test_heads_and_channels_with_parameters_of_their_own_stay_where_they_are(model: Any, name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} cannot be reordered: .*{says}"):
+        copermute(model(), {name: list(range(8))})
+
+
+def test_a_second_adapter_draws_from_all_layers_too() -> None:
+    alone = trained_columns(tiny.adapted(tiny.llama(), random_seed=5, **S2FT))
+    model = tiny.adapted(tiny.llama(), **S2FT)
+    model.add_adapter("other", tiny.config(random_seed=5, **S2FT))
+    found = {layer.name: layer.paca_indices["other"].tolist() for layer in tiny.layers_of(model) if "other" in layer.r}
+    assert found == alone
