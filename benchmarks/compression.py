@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from paca.whole import write_text
 
 RESULT, PAGE = Path("benchmarks/family/compression.json"), Path("docs/adapters.md")
 _BLOCK = re.compile(r"<!-- compression -->.*?<!-- end -->", re.DOTALL)
@@ -87,14 +88,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the table")
     given = parser.parse_args()
     if not given.report:
-        _write(RESULT, json.dumps(measure(given.seed, given.steps), indent=1) + "\n")
-    _write(PAGE, filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text())))
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+        write_text(RESULT, json.dumps(measure(given.seed, given.steps), indent=1))
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from paca.whole import write_text
+
 RESULT, STEPS = Path("benchmarks/family/quickstart.json"), Path("benchmarks/family/steps.json")
 PAGE = Path("docs/family.md")
 _BLOCK = re.compile(r"<!-- family -->.*?<!-- end -->", re.DOTALL)
@@ -152,9 +154,7 @@ def measure(names: list[str], seeds: list[int], steps: int) -> None:
                 subprocess.run(command, check=True, env=environment)
                 result["runs"][name][str(seed)] = json.loads((Path(scratch) / "result.json").read_text())
             result["machine"] = describe(get_backend())
-            part = RESULT.with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(part, RESULT)
+            write_text(RESULT, json.dumps(result, indent=1))
             print(f"{name}, seed {seed}: {result['runs'][name][str(seed)]}", flush=True)
 
 
@@ -169,10 +169,8 @@ def time_steps(names: list[str], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = family_steps.measure(names, rounds, Path(scratch))
     result["machine"] = describe(get_backend())
-    part = STEPS.with_suffix(".part")
     STEPS.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(part, STEPS)
+    write_text(STEPS, json.dumps(result, indent=1))
 
 
 def ratios(steps: dict[str, Any]) -> dict[str, float]:
@@ -251,9 +249,7 @@ def main() -> None:
     if not RESULT.exists():
         return
     page = filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text()), read_steps())
-    part = PAGE.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, PAGE)
+    write_text(PAGE, page)
 
 
 if __name__ == "__main__":

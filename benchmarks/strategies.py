@@ -28,6 +28,7 @@ import torch
 import paca
 from paca.backend import Backend, Ops
 from paca.strategies import ColumnWrite, Form
+from paca.whole import write_text
 
 LAYERS = 4  # whose columns are written in one call
 Call = Callable[[], object]
@@ -178,9 +179,7 @@ def main() -> None:
     backend = paca.set_backend(given.backend) if given.backend else paca.get_backend()
     recorded = record(backend, given.rounds, Sizes(given.tokens, given.inputs, given.outputs))
     if given.out is not None:
-        part = given.out.with_suffix(".part")
-        part.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, given.out)
+        write_text(given.out, json.dumps(recorded, indent=1))
     print(table(recorded))
 
 

@@ -7,7 +7,6 @@ ends with `<!-- end -->`; what is between them is what the command prints. Run i
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from paca.bench import main
+from paca.whole import write_text
 
 PAGE = Path("docs/benchmarks.md")
 _BLOCK = re.compile(r"<!-- paca bench (?P<arguments>--report .*?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -39,6 +39,4 @@ def filled(page: str, run: Callable[[list[str]], str] = output_of) -> str:
 
 
 if __name__ == "__main__":
-    part = PAGE.with_suffix(".part")
-    part.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    os.replace(part, PAGE)
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))

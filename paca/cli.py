@@ -301,7 +301,8 @@ def _evaluate(options: argparse.Namespace, words: list[str]) -> None:
     import json
 
     from paca.recipe import RecipeError, read_recipe, read_words
-    from paca.training import evaluate, of_adapter, write_text
+    from paca.training import evaluate, of_adapter
+    from paca.whole import write_text
 
     target = _first_word(words)
     if target is None:
@@ -398,7 +399,8 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
 
     from paca.compressing import compress
     from paca.recipe import RecipeError, read_words
-    from paca.training import evaluate, of_adapter, write_text
+    from paca.training import evaluate, of_adapter
+    from paca.whole import write_text
 
     adapter = _first_word(words)
     if adapter is None:
@@ -426,7 +428,7 @@ def _adapters(options: argparse.Namespace, words: list[str]) -> None:
 
     from paca.errors import AdapterError
     from paca.inspecting import as_data, draw, read_all, summary
-    from paca.training import write_text
+    from paca.whole import write_text
 
     if options.plot is not None and options.plot.suffix != ".png":
         raise AdapterError(f"--plot must end in .png, found {options.plot}")

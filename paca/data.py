@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paca._version import __version__
 from paca.rows import DataError, Row, Rows, show
+from paca.whole import replacing, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -164,8 +162,7 @@ def prepare(
         if encoding.packing:
             sequences = packed(sequences, encoding.max_length, _end_of_text(tokenizer))
         _write(table, sequences, tally, per_token=task == "causal_lm")
-        with _replacing(counts) as temporary:
-            Path(temporary).write_text(json.dumps(asdict(tally)))
+        write_text(counts, json.dumps(asdict(tally)))
     dataset = datasets.Dataset.from_file(str(table))
     if len(dataset) == 0:
         raise DataError(f"{rows.name}: no row is left to use")
@@ -441,8 +438,8 @@ def _write(path: Path, sequences: Iterable[Example], tally: _Tally, per_token: b
     schema = pyarrow.schema([pyarrow.field("input_ids", integers), labels])
     stream = iter(sequences)
     with (
-        _replacing(path) as temporary,
-        pyarrow.OSFile(temporary, "wb") as file,
+        replacing(path) as unfinished,
+        pyarrow.OSFile(str(unfinished), "wb") as file,
         pyarrow.ipc.new_stream(file, schema) as writer,
     ):
         while batch := list(islice(stream, _FLUSH)):
@@ -455,19 +452,6 @@ def _write(path: Path, sequences: Iterable[Example], tally: _Tally, per_token: b
             writer.write_batch(
                 pyarrow.record_batch([pyarrow.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema)
             )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """Give a temporary name in the folder of `path`; move it there on success, remove it on failure."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _state(tokenizer: Any) -> list[str]:

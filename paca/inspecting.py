@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any
 from paca.errors import AdapterError
 from paca.overlap import changes, overlap, overlaps
 from paca.saved import SavedAdapter, read_adapter
+from paca.whole import replacing
 
 
 def read_all(folders: list[Path]) -> dict[str, SavedAdapter]:
@@ -125,9 +125,8 @@ def draw(adapters: Mapping[str, SavedAdapter], path: Path) -> None:
         axes.set_yticks(range(len(blocks)), blocks, fontsize=7)
         axes.set_title(name, fontsize=10)
         figure.colorbar(image, ax=axes, label="norm of the update")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, dpi=150, format="png")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")
 
 
 def _unit(adapter: SavedAdapter) -> str:

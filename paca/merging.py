@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
+
+from paca.whole import new_folder
 
 
 def merge(
@@ -29,16 +28,9 @@ def merge(
     merged = _requantised(model) if requantize else model.merge_and_unload(safe_merge=True)
     if not requantize and getattr(merged, "is_quantized", False):  # layers that had no adapter
         merged = merged.dequantize()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with new_folder(target) as unfinished:
         merged.save_pretrained(unfinished, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
         tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
-        os.replace(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _requantised(model: Any) -> Any:

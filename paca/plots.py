@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from paca.whole import replacing
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str, before: float | None = None) -> None:
@@ -39,6 +40,5 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str, befo
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, dpi=150, format="png")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from paca.config import PEFT_TYPE, PacaConfig, settings
 from paca.entries import from_file, holds_masks, to_file
 from paca.errors import AdapterError
 from paca.fingerprint import in_features_of
+from paca.whole import new_folder
 
 PREFIX = "base_model.model."
 DELTA, INDICES = ".paca_delta", ".paca_indices"
@@ -165,16 +164,9 @@ def write_adapter(config: PeftConfig, tensors: Mapping[str, Tensor], folder: str
     """
     target = Path(folder)
     refuse_full(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with new_folder(target) as unfinished:
         save_file(dict(tensors), unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         copy.deepcopy(config).save_pretrained(str(unfinished))  # saving clears what belongs to these tensors only
-        unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
-        os.replace(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return target
 
 

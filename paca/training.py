@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
 from paca.schedule import go_to, steps_an_epoch
 from paca.trainer import exact, trainer_class, training_arguments_class
+from paca.whole import remove_unfinished, write_text
 
 Say = Callable[[str], None]
 logger = logging.getLogger("paca")
@@ -110,7 +110,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
         _save(recipe, trainer, metrics, samples, counts)
     except Exception as error:
         if checkpoints.is_disk_full(error):
-            _remove_unfinished(out)
+            remove_unfinished(out)
             raise CheckpointError(f"the disk is full: {error}. {checkpoints.after_full_disk(out)}") from error
         raise
     _report(recipe, metrics, samples, data.chat, say)
@@ -607,7 +607,7 @@ def _save(recipe: Recipe, trainer: Any, metrics: dict[str, Any], samples: list[d
     out = recipe.output_dir
     unfinished = out / ".run.unfinished"
     if _is_main():
-        _remove_unfinished(out)
+        remove_unfinished(out)
     trainer.save_model(str(unfinished), _internal_call=True)
     if not _is_main():
         return
@@ -623,22 +623,6 @@ def _save(recipe: Recipe, trainer: Any, metrics: dict[str, Any], samples: list[d
     write_text(out / RESULTS, json.dumps(metrics, indent=2))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-
-
-def _remove_unfinished(out: Path) -> None:
-    """Remove what was being written when a run ended."""
-    for path in out.glob(".*.unfinished"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text + ("" if text.endswith("\n") else "\n"), encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _report(recipe: Recipe, metrics: dict[str, Any], samples: list[dict[str, str]], chat: bool, say: Say) -> None:

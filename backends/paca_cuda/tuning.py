@@ -7,11 +7,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from paca.whole import write_text
 
 logger = logging.getLogger("paca")
 
@@ -76,16 +77,11 @@ class Tuner:
     def _remember(self, problem: str, best: str) -> None:
         """Add a choice to the file; other processes may have added theirs since it was read."""
         self._chosen = {**_read(self._file), **self._chosen, problem: best}
-        part = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"format": FORMAT, "chosen": self._chosen}, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self._file)
+            write_text(self._file, json.dumps({"format": FORMAT, "chosen": self._chosen}, indent=1))
         except OSError as error:  # a read-only home costs a measurement in each process, no more
             logger.warning("paca: choices cannot be kept in %s (%s); set PACA_CACHE to a folder", self._file, error)
-        finally:
-            with suppress(OSError):
-                part.unlink()
 
 
 def _read(file: Path) -> dict[str, str]:

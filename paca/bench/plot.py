@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from paca.bench.methods import FLOOR
 from paca.bench.result import Result
 from paca.bench.statistics import kept_above_floor, peak_above_build, ratio
+from paca.whole import replacing
 
 OURS, PEERS, BOUNDS = "#0072b2", "#e69f00", "#999999"  # told apart by colour-blind readers too
 
@@ -64,9 +64,5 @@ def draw(result: Result, path: Path) -> None:
         f"{result.settings['dtype']}, {result.machine['processor']}, {result.machine['threads']} thread(s)",
         fontsize=10,
     )
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=120)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)

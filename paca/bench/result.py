@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paca.bench.shapes import Shape
+from paca.whole import write_text
 
 FORMAT = "paca-bench"
 VERSION = 1
@@ -118,12 +118,7 @@ class Result:
         """Write the JSON file in one move, so that a reader never sees half of it."""
         whole = {"format": FORMAT, "version": VERSION, **asdict(self)}
         whole["methods"] = {name: _packed(method) for name, method in whole["methods"].items()}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(whole, indent=1))
 
 
 def read(path: Path) -> Result:

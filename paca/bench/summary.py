@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from paca.bench import report, tables
@@ -10,6 +9,7 @@ from paca.bench.methods import FLOOR
 from paca.bench.result import Result, read
 from paca.bench.statistics import ratio
 from paca.bench.tables import Table
+from paca.whole import replacing
 
 LORA = "lora-nocast-r8"  # the strongest LoRA
 
@@ -107,9 +107,5 @@ def draw(results: dict[str, Result], path: Path) -> None:
     axis.set_xticks([number + 0.4 for number in range(len(timed))], list(timed), rotation=45, ha="right", fontsize=8)
     axis.set_ylabel("step time / frozen floor")
     axis.legend(fontsize=7)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=120)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)

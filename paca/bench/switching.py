@@ -25,6 +25,7 @@ from paca.bench.result import Seconds
 from paca.bench.shapes import Shape
 from paca.bench.tables import Table
 from paca.bench.ways import ADAPTERS, REFERENCE, WAYS, Way
+from paca.whole import write_text
 
 if TYPE_CHECKING:
     from paca.bench.command import Options
@@ -70,13 +71,8 @@ class SwitchResult:
 
     def write(self, path: Path) -> None:
         """Write the JSON file in one move."""
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            whole = {"format": FORMAT, "version": VERSION, **asdict(self)}
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        whole = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_text(path, json.dumps(whole, indent=1))
 
 
 def is_switch_result(path: Path) -> bool:

@@ -240,7 +240,7 @@ def main() -> None:
 def _write(options: argparse.Namespace, found: list[Compared]) -> None:
     import paca
     from paca.bench.machine import describe
-    from paca.training import write_text
+    from paca.whole import write_text
 
     command = f"python -m paca.estimate.check --backend {options.backend} --dtype {options.dtype}"
     rows = [

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
     Raises:
         RecipeError: for a model that is not found, a key that is none, an adapter that does not fit the model.
     """
-    from paca.training import write_text
+    from paca.whole import write_text
 
     given = list(words)
     if not words or words[0].startswith("--"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from paca.parity.cases import TIERS
+from paca.whole import write_text
 
 ABOUT = """\
 Prove that the devices of this machine compute what another machine did.
@@ -138,7 +139,7 @@ def verify_here(
     report = verify(record, Selection(backends, tiers, graphs), say=_progress)
     print(text(report))
     if as_json is not None:
-        _write(as_json, json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
+        _write(as_json, json.dumps(report.as_json(), indent=1, allow_nan=False))
     if as_html is not None:
         _write(as_html, page(report))
     return 0 if report.passed else 1
@@ -157,8 +158,7 @@ def _check_writable(file: Path) -> None:
     file = file.resolve()
     if not file.exists() or file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        _partial(file).touch()
-        _partial(file).unlink()
+        TemporaryFile(dir=file.parent).close()
     elif file.is_dir():
         raise IsADirectoryError(f"{file} is a folder; name a file")
 
@@ -168,9 +168,4 @@ def _write(file: Path, content: str) -> None:
     if file.exists() and not file.is_file():  # /dev/stdout
         file.write_text(content, encoding="utf-8")
         return
-    _partial(file).write_text(content, encoding="utf-8")
-    os.replace(_partial(file), file)
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(f"{file.name}.partial")
+    write_text(file, content)

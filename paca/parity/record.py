@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from paca.parity.formats import dtype_named, name_of
 from paca.parity.layouts import Bias, Storage
 from paca.parity.trajectory import Tolerance, Trajectory
 from paca.parity.well_formed import what_is_wrong
+from paca.whole import replacing, write_text
 
 SCHEMA = 2
 REFERENCE = Path(__file__).parent / "reference"
@@ -93,9 +93,8 @@ def write(record: Record, folder: Path) -> None:
         tensors |= _prefixed(f"{case.name}/inputs", case.inputs) | _prefixed(f"{case.name}/expected", case.expected)
     for dtype, trajectory in record.trajectories.items():
         tensors |= _prefixed(f"trajectory/{name_of(dtype)}/deltas", trajectory.deltas)
-    partial = folder / f"{_TENSORS}.partial"
-    partial.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
-    os.replace(partial, folder / _TENSORS)
+    with replacing(folder / _TENSORS) as unfinished:
+        unfinished.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
     document = {
         "schema": SCHEMA,
         "made_by": dict(record.made_by),
@@ -123,9 +122,7 @@ def write(record: Record, folder: Path) -> None:
         },
     }
     document["sha256_of_document"] = _document_digest(document)
-    partial = folder / f"{_DOCUMENT}.partial"
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / _DOCUMENT)
+    write_text(folder / _DOCUMENT, json.dumps(document, indent=1))
 
 
 def read(folder: Path) -> Record:

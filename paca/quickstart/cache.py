@@ -6,9 +6,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkstemp
+from tempfile import TemporaryDirectory
 
 from paca.quickstart.package import QuickstartError
+from paca.whole import replacing
 
 
 def cache_folder() -> Path:
@@ -61,11 +62,5 @@ def write_file(file: Path, text: str) -> None:
     if file.is_file() and file.read_bytes() == content:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(unfinished, file)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    with replacing(file) as unfinished:
+        unfinished.write_bytes(content)
