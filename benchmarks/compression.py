@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from family import RECIPE, train, with_block
+
 from paca.whole import write_text
 
 RESULT, PAGE = Path("benchmarks/family/compression.json"), Path("docs/adapters.md")
-_BLOCK = re.compile(r"<!-- compression -->.*?<!-- end -->", re.DOTALL)
 
 
 def measure(seed: int, steps: int) -> dict[str, Any]:
     """Train the quick start's adapter, and evaluate the base model, the adapter and its compressed copies."""
     import torch
-    from family import RECIPE, train
 
     from paca.bench.machine import describe
     from paca.compress import BITS
@@ -77,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
 
 def filled(page: str, result: dict[str, Any]) -> str:
     """Return the page with the table of the raw result."""
-    return _BLOCK.sub(lambda _: f"<!-- compression -->\n\n{table(result)}\n\n<!-- end -->", page)
+    return with_block(page, "compression", table(result))
 
 
 def main() -> None:

@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from paca.whole import write_text
 
 RESULT, STEPS = Path("benchmarks/family/quickstart.json"), Path("benchmarks/family/steps.json")
 PAGE = Path("docs/family.md")
-_BLOCK = re.compile(r"<!-- family -->.*?<!-- end -->", re.DOTALL)
 RECIPE = "recipes/quickstart.yaml"
 # With these every option trains as many parameters as PaCA with r = 8, but for heads that do not divide evenly.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -77,22 +73,19 @@ def train(name: str, seed: int, steps: int, scratch: str) -> dict[str, Any]:
     make = training.adapted_model
     training.adapted_model = adapted_with_lora if name == "lora" else make  # type: ignore[assignment]
 
-    class Clock(training.trainer_class()):  # type: ignore[misc]
-        """Takes the processor time of each step, and counts what trains."""
+    class Counting(training.trainer_class()):  # type: ignore[misc]
+        """Counts what trains."""
 
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             counts.setdefault("trained", sum(p.numel() for p in model.parameters() if p.requires_grad))
-            counts.setdefault("marks", []).append(time.process_time())
             return super().training_step(model, *args, **kwargs)
 
-    training.trainer_class = lambda: Clock
+    training.trainer_class = lambda: Counting
     metrics = training.train(run, say=lambda line: None)
-    marks = counts["marks"]
     return {
         "eval_loss": metrics["eval_loss"],
         "trained": counts["trained"],
         "file_bytes": (Path(scratch) / "run" / "adapter_model.safetensors").stat().st_size,
-        "step_cpu_seconds": statistics.median(b - a for a, b in pairwise(marks[1:])),
     }
 
 
@@ -152,8 +145,9 @@ def measure(names: list[str], seeds: list[int], steps: int) -> None:
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 }
                 subprocess.run(command, check=True, env=environment)
-                result["runs"][name][str(seed)] = json.loads((Path(scratch) / "result.json").read_text())
+                made = json.loads((Path(scratch) / "result.json").read_text())
             result["machine"] = describe(get_backend())
+            result["runs"][name][str(seed)] = made | {"revision": result["machine"]["revision"]}
             write_text(RESULT, json.dumps(result, indent=1))
             print(f"{name}, seed {seed}: {result['runs'][name][str(seed)]}", flush=True)
 
@@ -198,23 +192,39 @@ def table(result: dict[str, Any], steps: dict[str, Any]) -> str:
             f"{some['file_bytes'] / 1e6:.2f} | {f'{slower[name]:.2f}' if name in slower else 'not measured'} |"
         )
     lines += ["", f"Losses: {result['steps']} steps of {result['recipe']} with one learning rate for all; "]
-    lines[-1] += _made_on(result["machine"])
+    lines[-1] += _made_on(
+        result["machine"], {run["revision"] for runs in result["runs"].values() for run in runs.values()}
+    )
     if steps:
         lines += [
             "",
             f"Times: processor time of one thread, {steps['tokens']} tokens a step, options and LoRA in turn, ",
         ]
-        lines[-1] += f"median over {steps['rounds']} rounds of the ratio; {_made_on(steps['machine'])}"
+        lines[-1] += f"median over {steps['rounds']} rounds of the ratio; "
+        lines[-1] += _made_on(steps["machine"], {steps["machine"]["revision"]})
     return "\n".join(lines)
 
 
-def _made_on(machine: dict[str, Any]) -> str:
-    return f"{machine['processor']}, commit {machine['revision']}, {machine['date']}."
+def _made_on(machine: dict[str, Any], revisions: set[str]) -> str:
+    return f"{machine['processor']}, commit {' and '.join(sorted(revisions))}, {machine['date']}."
 
 
 def filled(page: str, result: dict[str, Any], steps: dict[str, Any]) -> str:
     """Return the page with the table of the raw results."""
-    return _BLOCK.sub(lambda _: f"<!-- family -->\n\n{table(result, steps)}\n\n<!-- end -->", page)
+    return with_block(page, "family", table(result, steps))
+
+
+def with_block(page: str, name: str, text: str) -> str:
+    """Return the page with `text` between `<!-- name -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: if the page has no such block.
+    """
+    before, start, rest = page.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"the page has no block <!-- {name} --> … <!-- end -->")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 def read_steps() -> dict[str, Any]:

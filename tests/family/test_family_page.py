@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import tiny_models as tiny
@@ -15,34 +16,41 @@ TOP = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def family() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("family", TOP / "benchmarks" / "family.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def family(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.chdir(TOP)
+    monkeypatch.syspath_prepend(TOP / "benchmarks")
+    return importlib.import_module("family")
 
 
-def test_the_page_shows_the_committed_result(family: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (TOP / family.PAGE).read_text(encoding="utf-8")
-    assert page.count("<!-- family -->") == 1
-    if (TOP / family.RESULT).exists():
-        monkeypatch.chdir(TOP)
-        assert family.filled(page, json.loads(family.RESULT.read_text()), family.read_steps()) == page
-    else:
-        assert "It was not run yet." in page
+@pytest.fixture
+def compression(family: ModuleType) -> ModuleType:
+    return importlib.import_module("compression")
+
+
+def test_the_page_shows_the_committed_result(family: ModuleType) -> None:
+    page = family.PAGE.read_text(encoding="utf-8")
+    assert family.filled(page, json.loads(family.RESULT.read_text()), family.read_steps()) == page
+
+
+def test_the_page_of_compression_shows_the_committed_result(compression: ModuleType) -> None:
+    page = compression.PAGE.read_text(encoding="utf-8")
+    assert compression.filled(page, json.loads(compression.RESULT.read_text())) == page
+
+
+def test_a_page_without_the_block_is_an_error(family: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no block <!-- family -->"):
+        family.with_block("<!-- other --> <!-- end -->", "family", "")
 
 
 def test_the_table_says_what_the_runs_say(family: ModuleType) -> None:
-    def run(loss: float, seconds: float) -> dict[str, float]:
-        return {"eval_loss": loss, "trained": 1000, "file_bytes": 2_500_000, "step_cpu_seconds": seconds}
+    def run(loss: float) -> dict[str, Any]:
+        return {"eval_loss": loss, "trained": 1000, "file_bytes": 2_500_000, "revision": "abc"}
 
     result = {
         "steps": 40,
         "recipe": "r.yaml",
         "machine": {"processor": "P", "revision": "abc", "date": "today"},
-        "runs": {"groups": {"0": run(3.0, 1.0), "1": run(4.0, 1.2)}, "lora": {"0": run(3.5, 2.0), "1": run(3.5, 2.0)}},
+        "runs": {"groups": {"0": run(3.0), "1": run(4.0)}, "lora": {"0": run(3.5), "1": run(3.5)}},
     }
     steps = {
         "rounds": 3,
