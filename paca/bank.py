@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,6 +115,7 @@ class AdapterBank:
                 tensors that are no columns (`modules_to_save`, biases).
             BaseMismatchError: if it was made for another base model.
         """
+        refuse_held(self.model, besides=self)
         if name in self._host:
             raise ValueError(f"the bank has an adapter {name!r} already; remove() it first or choose another name")
         saved = adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter)
@@ -136,6 +138,7 @@ class AdapterBank:
             self._ready.move_to_end(name)
             return
         self._refuse_unknown(name)
+        refuse_held(self.model, besides=self)
         with torch.no_grad():
             self._ready[name] = {
                 layer_name: self._make_ready(layer_name, layer) for layer_name, layer in self._host[name].layers.items()
@@ -152,10 +155,12 @@ class AdapterBank:
 
         Raises:
             KeyError: if it is not loaded.
-            RuntimeError: if the model's weights were moved or replaced since the adapters were prefetched.
+            RuntimeError: if the model's weights were moved or replaced since the adapters were prefetched, or another
+                bank of the model has an adapter in them.
         """
         if name == self._active:
             return
+        refuse_held(self.model, besides=self)
         if name is not None:
             self.prefetch(name)
         old = self._ready[self._active] if self._active is not None else {}
@@ -169,6 +174,10 @@ class AdapterBank:
         switch(changes)
         self._ops.end_graph()
         before, self._active = self._active, name
+        if name is None:
+            _holding.pop(id(self.model), None)
+        else:
+            _holding[id(self.model)] = self
         if before is not None and self.on_device is not None and len(self._ready) > self.on_device:
             self.evict(before)
 
@@ -241,6 +250,8 @@ class AdapterBank:
             raise BaseMismatchError(f"{name}: the adapter was made for another base model: {difference}")
 
     def _make_ready(self, name: str, layer: SavedLayer) -> _Ready:
+        if self.model.get_submodule(name) is not self._modules[name]:
+            raise RuntimeError(f"{name} was replaced since the bank was made, or has an adapter; make another bank")
         weight = _parameter(self._modules[name])
         key = layer.index.numpy().tobytes()
         columns = None if self._masked else frozenset(layer.index.tolist())
@@ -282,6 +293,27 @@ class AdapterBank:
     def _refuse_active(self, name: str) -> None:
         if name == self._active:
             raise ValueError(f"the model holds {name!r} now; swap(None) or another adapter in first")
+
+
+# Which bank has an adapter in the weights of a model, by the model's id.
+_holding: WeakValueDictionary[int, AdapterBank] = WeakValueDictionary()
+
+
+def refuse_held(model: nn.Module, besides: AdapterBank | None = None) -> None:
+    """Keep others off weights that hold a bank's adapter: they would take its columns for pretrained ones.
+
+    Args:
+        model: the base model.
+        besides: the bank that asks, if one does.
+
+    Raises:
+        RuntimeError: naming the adapter.
+    """
+    bank = _holding.get(id(model))
+    if bank is not None and bank is not besides and bank.model is model:
+        raise RuntimeError(
+            f"a bank has its adapter {bank.active!r} in this model's weights; call swap(None) on it first"
+        )
 
 
 def _parameter(module: nn.Module) -> Tensor:

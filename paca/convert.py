@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ from paca.saved import (
     SavedLayer,
     from_tensors,
     read_adapter,
+    read_config,
     refuse_full,
     to_tensors,
     write_adapter,
@@ -162,7 +163,7 @@ def import_lora(lora_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str
     refuse_full(Path(out_dir))
     if not weights.is_file():
         raise FileNotFoundError(f"{source} is not a saved adapter: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
-    config: Any = PeftConfig.from_pretrained(str(source))
+    config: Any = read_config(source)
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{source} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not LoRA")
     if config.use_dora:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.errors import AdapterError
-from paca.overlap import changes, overlap, overlaps
+from paca.overlap import LayerChange, changes, overlap, overlaps
 from paca.saved import SavedAdapter, read_adapter
 from paca.whole import replacing
 
@@ -52,20 +52,18 @@ def summary(adapters: Mapping[str, SavedAdapter], layers: bool = False) -> list[
         if layers:
             lines.append(f"  {'layer':<44}{unit:>16}{'‖update‖':>12}{'largest':>9}{'idle':>6}")
             lines += [
-                f"  {change.name:<44}{_of(change.columns, change.width):>16}{change.norm:>12.4g}{change.largest:>9}"
-                f"{change.idle:>6}"
+                f"  {change.name:<44}{_of([change]):>16}{change.norm:>12.4g}{change.largest:>9}{change.idle:>6}"
                 for change in made
             ]
         else:
-            kinds: dict[str, list[Any]] = defaultdict(list)
+            kinds: dict[str, list[LayerChange]] = defaultdict(list)
             for change in made:
                 kinds[change.name.rpartition(".")[2]].append(change)
             lines.append(f"  {'module':<20}{'layers':>8}{unit:>16}{'‖update‖ mean':>16}{'largest':>10}{'idle':>6}")
             for kind, group in kinds.items():
                 norms = [change.norm for change in group]
-                widths = sorted({_of(change.columns, change.width) for change in group})
                 lines.append(
-                    f"  {kind:<20}{len(group):>8}{' '.join(widths):>16}{sum(norms) / len(norms):>16.4g}"
+                    f"  {kind:<20}{len(group):>8}{_of(group):>16}{sum(norms) / len(norms):>16.4g}"
                     f"{max(norms):>10.4g}{sum(change.idle for change in group):>6}"
                 )
         lines.append("")
@@ -134,8 +132,16 @@ def _unit(adapter: SavedAdapter) -> str:
     return "entries" if adapter.config.masked else "columns"
 
 
-def _of(columns: int, width: int | None) -> str:
-    return f"{columns}/{width}" if width else str(columns)
+def _of(layers: list[LayerChange]) -> str:
+    """How many columns layers train, and of how many if all files say: 8/576, or 21…43/1536 where they differ."""
+    widths = [layer.width for layer in layers if layer.width is not None]
+    trained = _span([layer.columns for layer in layers])
+    return f"{trained}/{_span(widths)}" if len(widths) == len(layers) else trained
+
+
+def _span(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least}…{most}"
 
 
 def _block(name: str) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from paca import freshness, s2ft
+from paca.bank import refuse_held
 from paca.columns import why_not_resident
 from paca.compress import expanded
 from paca.config import PacaConfig, settings
@@ -79,6 +80,7 @@ class PacaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model, after checking that all of it can be added."""
         known_tensors = kwargs.get("state_dict")
+        refuse_held(model)
         config = settings(self.peft_config[adapter_name])
         given: Any = self.peft_config[adapter_name]
         given.target_modules = config.target_modules = _targets_asked(config, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -97,7 +97,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     weights = source / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"{source} is not a saved adapter: there is no {SAFETENSORS_WEIGHTS_NAME} in it")
-    config = PeftConfig.from_pretrained(str(source))
+    config: Any = read_config(source)
     if config.peft_type != PEFT_TYPE:
         raise AdapterError(f"{source} holds a {getattr(config.peft_type, 'value', config.peft_type)} adapter, not PaCA")
     try:
@@ -105,6 +105,23 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     except SafetensorError as error:
         raise AdapterError(f"{weights} is truncated or damaged: {error}") from error
     return from_tensors(config, tensors)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Read the settings of a saved adapter of any kind.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        AdapterError: if they are damaged, or refused by the kind of adapter that they name.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a saved adapter: there is no {CONFIG_NAME} in it")
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{file} is damaged, or not an adapter's: {error}") from error
+    return config
 
 
 def from_tensors(config: Any, tensors: Mapping[str, Tensor]) -> SavedAdapter:

@@ -219,6 +219,25 @@ def test_a_model_with_adapters_has_no_bank() -> None:
         paca.AdapterBank(tiny.adapted(tiny.llama()))
 
 
+def test_weights_that_hold_one_banks_adapter_are_nobody_elses(folders: dict[str, Path]) -> None:
+    base = tiny.llama()
+    one, two = bank_of(folders, base), bank_of(folders, base)
+    two.prefetch("c")
+    one.swap("a")
+    for use in (lambda: two.swap("c"), lambda: two.prefetch("d"), lambda: two.load("e", folders["a"])):
+        with pytest.raises(RuntimeError, match=r"has its adapter 'a' in this model's weights; call swap\(None\)"):
+            use()
+    with pytest.raises(RuntimeError, match="has its adapter 'a' in this model's weights"):
+        tiny.adapted(base)
+    one.swap(None)
+    two.swap("c")
+    two.swap(None)
+    assert tiny.same_bits(parameters(two), {name: p.detach() for name, p in tiny.llama().named_parameters()})
+    tiny.adapted(base)
+    with pytest.raises(RuntimeError, match=r"was replaced since the bank was made, or has an adapter"):
+        one.prefetch("d")
+
+
 def test_a_model_that_was_moved_is_refused(folders: dict[str, Path]) -> None:
     bank = bank_of(folders)
     bank.swap("a")

@@ -107,16 +107,36 @@ def test_the_command_prints_and_writes_what_adapters_change(tmp_path: Path, caps
     assert written["overlaps"][0]["layers"][-1]["shared"] == 28
 
 
-@pytest.mark.parametrize("wrong", ["nothing there", "lora", "other model"])
+def test_layers_of_one_kind_that_train_different_numbers_of_columns_take_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "law", rank_pattern={"layers.1.mlp.down_proj": 9})
+    assert main(["adapters", str(tmp_path / "law")]) == 0
+    [line] = [line.split() for line in capsys.readouterr().out.splitlines() if "down_proj" in line]
+    assert line[:3] == ["down_proj", "2", "4…9/64"]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["nothing there", "no settings", "cut settings", "wrong settings", "lora", "other model"]
+)
 def test_what_is_no_pair_of_adapters_is_said_in_a_line(
     wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = saved(tmp_path / "good"), tmp_path / "bad"
     says = {
         "nothing there": "is not a saved adapter",
+        "no settings": "there is no adapter_config.json in it",
+        "cut settings": "adapter_config.json is damaged, or not an adapter's",
+        "wrong settings": "`r` must be a whole number greater than 0, found 0",
         "lora": "holds a LORA adapter",
         "other model": "different models",
     }
+    if wrong.endswith("settings"):
+        settings = saved(bad) / "adapter_config.json"
+        text = settings.read_text()
+        settings.unlink()
+        if wrong != "no settings":
+            settings.write_text(text[:99] if wrong == "cut settings" else text.replace('"r": 4', '"r": 0'))
     if wrong == "lora":
         bad.mkdir()
         (bad / "adapter_config.json").write_text('{"peft_type": "LORA"}')
