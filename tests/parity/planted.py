@@ -89,7 +89,7 @@ def grad_columns_narrow(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
 def chopped(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to a narrower dtype towards zero, as a wrong rounding mode does."""
     narrow = x.to(dtype)
-    beyond = narrow.abs().float() > x.abs().float()
+    beyond = narrow.abs().double() > x.abs().double()
     return torch.where(beyond, torch.nextafter(narrow, torch.zeros_like(narrow)), narrow)
 
 

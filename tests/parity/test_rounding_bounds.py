@@ -76,18 +76,26 @@ def test_one_result_just_outside_its_bound_fails_and_is_named(dtype):
     assert "1 of 30 elements" in verdict.detail
 
 
-@pytest.mark.parametrize("length", [2, 3, 8])
-def test_the_bound_is_no_wider_than_chopped_sums_need(length):
-    """Terms of one sign, added with chopping to float32, come near what a long sum's bound allows."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.rand(20000, length, generator=generator) + 1
-    total = torch.zeros(len(a))
-    for k in range(length):
-        total = planted.chopped(total.double() + a[:, k].double(), torch.float32)
-    exact = a.double().sum(1)
-    bound = product_bound(a.double(), torch.ones(length, 1, dtype=torch.float64), torch.float32)[:, 0]
-    reached = float(((exact - total.double()) / bound).max())
-    assert 0.15 < reached <= 1
+@pytest.mark.parametrize(("length", "at_least"), [(2, 0.35), (3, 0.5), (8, 0.75)])
+def test_a_sum_that_loses_all_but_its_first_term_by_chopping_nearly_reaches_its_bound(length, at_least):
+    a = torch.full((1, length), 2.0**-23 * (1 - 2.0**-10), dtype=torch.float64)  # each less than an ulp of 1
+    a[0, 0] = 1
+    total = torch.zeros(1)
+    for term in a[0]:
+        total = planted.chopped(total.double() + term, torch.float32)
+    assert float(total) == 1
+    bound = product_bound(a, torch.ones(length, 1, dtype=torch.float64), torch.float32)
+    assert at_least < float((a.sum() - 1) / bound) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_roundings_lose_nearly_reaches_the_bound_of_that_many(dtype):
+    """Half an ulp is added to 1 again and again, and lost as often."""
+    one, half = torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), unit_roundoff(dtype), dtype=torch.float64)
+    assert (one + half).to(dtype) == 1
+    factors = [(one, one), (half, one), (half, one)]
+    assert 0.6 < float(2 * half / sum_of_products_bound(factors, dtype)) <= 1
+    assert 0.9 < float(half / columns_bound(one, half / 4, 4.0, dtype)) <= 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
