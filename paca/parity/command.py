@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,11 +40,14 @@ def main(argv: Sequence[str]) -> int:
 
     options = _parser().parse_args(argv)
     try:
-        return int(options.run(options))
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks a model by the name that transformers 5 renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return int(options.run(options))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except (BackendUnavailableError, OSError, ValueError) as error:
+    except (ArithmeticError, BackendUnavailableError, OSError, ValueError) as error:
         print(f"paca parity {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -138,11 +138,12 @@ def read(folder: Path) -> Record:
         with safe_open(folder / _TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         record = _assembled(document, tensors)
+        wrong = what_is_wrong(record)
     except RecordError:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, AttributeError, OSError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{folder} is damaged: {error!r}; copy it again") from error
-    if wrong := what_is_wrong(record):
+    if wrong:
         raise RecordError(f"{folder} cannot be compared with: {wrong}; record anew")
     return record
 

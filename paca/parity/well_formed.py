@@ -26,6 +26,9 @@ def what_is_wrong(record: Record) -> str:
 
 
 def _faults(record: Record) -> Iterator[str]:
+    for name in ("backend", "device", "strategies", "torch", "paca"):
+        if not isinstance(record.made_by.get(name), str):
+            yield f"it does not say with which {name} it was made"
     if not record.cases:
         yield "it holds no cases"
     names = [case.name for case in record.cases]
@@ -55,6 +58,9 @@ def _case_faults(case: Case) -> Iterator[str]:
         yield f"its tier is {case.tier!r}, not {BITWISE!r} or {BOUNDED!r}"
     if not (isinstance(case.alpha, float) and math.isfinite(case.alpha) and case.alpha):
         yield f"its alpha is {case.alpha!r}, no finite number other than 0"
+    if not all(type(size) is int and size >= 0 for size in case.lead):
+        yield f"its leading sizes are {list(case.lead)}, no counts"
+        return
     weight, index = case.inputs.get("weight"), case.inputs.get("index")
     if weight is None or weight.dim() != 2 or index is None or index.dim() != 1:
         yield "its inputs hold no weight (out, in) or no index (r,)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from paca import registry
 from paca.parity import coverage, recording
 from paca.parity import verify as verifying
 from paca.parity.cases import BITWISE, BOUNDED
+from paca.parity.certificate import NotExactError
 from paca.parity.command import main
 from paca.parity.findings import Status
 from paca.parity.record import REFERENCE, RecordError, read, write
@@ -114,6 +116,18 @@ def test_a_damaged_record_says_so(copy, damage, message):
     assert main(["verify", str(copy)]) == 2
 
 
+@pytest.mark.parametrize(
+    "changes", [{"made_by": []}, {"cases": "x"}, {"trajectories": []}, {"block_dtypes": ["float12"]}], ids=str
+)
+def test_a_document_of_another_form_is_refused_though_its_checksum_is_right(copy, changes):
+    content = json.loads((copy / "parity.json").read_text()) | changes
+    del content["sha256_of_document"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (copy / "parity.json").write_text(json.dumps(content | {"sha256_of_document": digest}))
+    with pytest.raises(RecordError, match="is damaged"):
+        read(copy)
+
+
 def without(tensors, name):
     return {key: value for key, value in tensors.items() if key != name}
 
@@ -121,11 +135,13 @@ def without(tensors, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda r: replace(r, made_by=without(r.made_by, "torch")), "it does not say with which torch it was made"),
         (lambda r: replace(r, cases=()), "it holds no cases"),
         (lambda r: replace(r, cases=r.cases[:1] * 2), "two cases are named bitwise/odd/float32"),
         (lambda r: with_case(r, tier="best"), "bitwise/odd/float32: its tier is 'best'"),
         (lambda r: with_case(r, alpha=0.0), "its alpha is 0.0"),
         (lambda r: with_case(r, lead=(36,)), "(36, "),
+        (lambda r: with_case(r, lead=(-1, -37)), "its leading sizes are [-1, -37], no counts"),
         (lambda r: with_case(r, inputs=without(r.cases[0].inputs, "weight")), "no weight"),
         (lambda r: with_case(r, inputs=without(r.cases[0].inputs, "bias")), "bias is missing"),
         (lambda r: with_case(r, expected=without(r.cases[0].expected, "y")), "y is missing"),
@@ -224,6 +240,16 @@ def test_what_cannot_be_done_is_status_2_with_the_reason(words, message, capsys,
     monkeypatch.setattr(verifying, "audit", lambda *given: pytest.fail("work was begun"))
     assert main(["verify", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_proved_exact_here_is_status_2_and_nothing_is_recorded(tmp_path, capsys, monkeypatch):
+    def refuse(*given, **named):
+        raise NotExactError("aten.new.default is none of the operations that can be proved exact")
+
+    monkeypatch.setattr(recording, "make_record", refuse)
+    assert main(["record", "--out", str(tmp_path)]) == 2
+    assert "paca parity record: aten.new.default is none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_hold_a_record_is_found_before_one_is_made(tmp_path, capsys, monkeypatch):
