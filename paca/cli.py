@@ -366,7 +366,8 @@ def _export(options: argparse.Namespace, words: list[str]) -> None:
     if (options.r is not None) != (options.to == "prefix"):
         raise AdapterError("--to prefix and --r go together: how many columns of each layer to keep")
     if options.to == "prefix":
-        print(f"exported the first {options.r} columns to {export_prefix(options.adapter, options.out, options.r)}")
+        out = export_prefix(options.adapter, options.out, options.r)
+        print(f"exported the first {options.r} columns of each layer to {out}; PEFT loads it after `import paca`")
         return
     out = export_lora(options.adapter, options.out, for_server=options.to != "lora")
     print(f"exported to {out}; {_serving(options.to, out)}")
@@ -410,6 +411,7 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
     recipe = of_adapter(adapter, read_words(words)) if options.evaluate else None
     report = compress(adapter, options.out, options.bits)
     print("\n".join(report.lines()))
+    print(f"compressed to {options.out}; PEFT loads it after `import paca`")
     written = asdict(report)
     if recipe is not None:
         parts = {"base": None, "adapter": adapter, "compressed": options.out}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from paca.compress import PACKED, pack, quantise
 from paca.saved import PREFIX, read_adapter, refuse_full, write_adapter
-
-# What else of a run's folder makes `paca evaluate` and `paca generate` work on the copy.
-_COMPANIONS = ("recipe.yaml", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,7 @@ def compress(folder: Path, out: Path, bits: int) -> Report:
         tensors[f"{PREFIX}{name}{PACKED}"] = pack(layer.index, quantised)
         difference = (layer.delta.double() - quantised.values().double()) * layer.scale
         lost[name], whole[name] = float(difference.square().sum()), float(layer.update().double().square().sum())
-    write_adapter(saved.config, tensors, out)
-    for pattern in _COMPANIONS:
-        for file in folder.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+    write_adapter(saved.config, tensors, out, copied_from=folder)
     return Report(
         bits,
         before=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,

@@ -107,7 +107,8 @@ def export_lora(
 def export_prefix(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], r: int) -> Path:
     """Write the first `r` columns of every layer of an adapter, which was trained by prefixes, as an adapter.
 
-    Strengths stay as they are. Which base it belongs to is checked by sizes only from then on.
+    Strengths stay as they are; a run's recipe and tokenizer come with it. Which base it belongs to is checked by sizes
+    only from then on.
 
     Args:
         adapter_dir: a saved PaCA adapter.
@@ -138,7 +139,9 @@ def export_prefix(adapter_dir: str | os.PathLike[str], out_dir: str | os.PathLik
     widths = {name: saved.width(name) for name in layers}
     config.base_fingerprint = {name: size_only(width) for name, width in widths.items() if width is not None} or None
     config.columns = {}
-    return write_adapter(config, to_tensors(SavedAdapter(config, layers, saved.others)), out_dir)
+    return write_adapter(
+        config, to_tensors(SavedAdapter(config, layers, saved.others)), out_dir, copied_from=adapter_dir
+    )
 
 
 def import_lora(lora_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ from paca.whole import new_folder
 
 PREFIX = "base_model.model."
 DELTA, INDICES = ".paca_delta", ".paca_indices"
+
+
+# What else of a run's folder makes `paca evaluate` and `paca generate` work on a copy.
+_COMPANIONS = ("recipe.yaml", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,19 @@ def to_tensors(adapter: SavedAdapter) -> dict[str, Tensor]:
     return to_file(tensors) if adapter.config.masked else tensors
 
 
-def write_adapter(config: PeftConfig, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> Path:
+def write_adapter(
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    copied_from: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write an adapter to a new folder, which appears when it is whole.
+
+    Args:
+        config: its settings.
+        tensors: named as PEFT saves them.
+        folder: must not exist, or be empty.
+        copied_from: another adapter's folder, whose recipe and tokenizer serve this one too.
 
     Raises:
         FileExistsError: if the folder holds something.
@@ -184,6 +200,9 @@ def write_adapter(config: PeftConfig, tensors: Mapping[str, Tensor], folder: str
     with new_folder(target) as unfinished:
         save_file(dict(tensors), unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         copy.deepcopy(config).save_pretrained(str(unfinished))  # saving clears what belongs to these tensors only
+        if copied_from is not None:
+            for file in (file for pattern in _COMPANIONS for file in Path(copied_from).glob(pattern)):
+                shutil.copyfile(file, unfinished / file.name)
     return target
 
 

@@ -197,6 +197,18 @@ class GroupLasso(Schedule):
             delta.data.mul_(shrink.to(delta.dtype))
 
 
+def dropped_out(model: nn.Module) -> list[str]:
+    """Name the layers that a group lasso made zero."""
+    from paca.layer import PacaLayer
+
+    layers = {module.name: module for module in model.modules() if isinstance(module, PacaLayer)}
+    return [
+        name
+        for name, layer in layers.items()
+        if any(isinstance(s, GroupLasso) and not layer.paca_delta[s.adapter].any() for s in layer.schedules)
+    ]
+
+
 def go_to(model: nn.Module, step: int) -> None:
     """Let all schedules of a model be where an uninterrupted run is after so many optimizer steps.
 

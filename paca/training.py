@@ -31,7 +31,7 @@ from paca.progress import use_readable_log
 from paca.quantising import recorded
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
-from paca.schedule import go_to, steps_an_epoch
+from paca.schedule import dropped_out, go_to, steps_an_epoch
 from paca.trainer import exact, trainer_class, training_arguments_class
 from paca.whole import remove_unfinished, write_text
 
@@ -113,6 +113,8 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
             remove_unfinished(out)
             raise CheckpointError(f"the disk is full: {error}. {checkpoints.after_full_disk(out)}") from error
         raise
+    if dropped := dropped_out(model):
+        say(f"dropped out     {len(dropped)} layers, which are as pretrained: {', '.join(dropped)}")
     _report(recipe, metrics, samples, data.chat, say)
     return metrics
 
@@ -641,7 +643,7 @@ def _report(recipe: Recipe, metrics: dict[str, Any], samples: list[dict[str, str
             if when in sample:
                 say(f"{when:<9}{' '.join(sample[when].split()) or '(nothing)'}")
         say("")
-    out = recipe.output_dir
+    out, adapter = recipe.output_dir, adapter_config(recipe)
     say(f"saved to {out}: adapter, {RECIPE}, {RESULTS}, {STATE}, {SAMPLES}, {PLOT}, {CARD}")
     say("next:")
     folder, merged, lora = (shlex.quote(f"{out}{ending}") for ending in ("", "-merged", "-lora"))
@@ -650,7 +652,13 @@ def _report(recipe: Recipe, metrics: dict[str, Any], samples: list[dict[str, str
         say(f"  paca generate {folder}{' --chat' if chat else ''} --prompt {prompt}")
     say(f"  paca evaluate {folder}")
     say(f"  paca merge {folder} --out {merged}")
-    say(f"  paca export {folder} --to lora --out {lora}")
+    if adapter.group_lasso:
+        say(f"  paca adapters {folder} --layers")
+    if adapter.prefix_training:
+        least = adapter.prefix_training["min"]
+        say(f"  paca export {folder} --to prefix --r {least} --out {shlex.quote(f'{out}-{least}')}")
+    if not adapter.masked:  # LoRA has no form for single entries
+        say(f"  paca export {folder} --to lora --out {lora}")
 
 
 def _is_main() -> bool:

@@ -81,6 +81,36 @@ def test_the_end_names_the_commands_that_come_next(trained: Run) -> None:
         assert f"{command} {trained.folder}" in ends
 
 
+@pytest.mark.parametrize(
+    ("option", "there", "missing"),
+    [
+        (["--prefix_training", "{min: 2, max: 8}"], ["--to prefix --r 2", "--to lora"], "dropped out"),
+        (["--group_lasso", "1e4"], ["dropped out     2 layers", "--layers", "--to lora"], "--to prefix"),
+        (["--selection", "mask_random"], ["paca merge"], "--to lora"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_comes_next_depends_on_what_was_trained(
+    option: list[str],
+    there: list[str],
+    missing: str,
+    llama: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = words_for(llama, texts, None, tmp_path / "run", "--target_modules", "[o_proj]", *option)
+    words[words.index("--max_steps") + 1] = "1"
+    assert main(["train", *words]) == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in there)
+    assert missing not in shown
+    if "--prefix_training" in option:  # and works as it says
+        assert main(["export", str(tmp_path / "run"), "--to", "prefix", "--r", "2", "--out", str(tmp_path / "2")]) == 0
+        assert main(["generate", str(tmp_path / "2"), "--prompt", "7", "--max-new-tokens", "2"]) == 0
+        assert {"recipe.yaml", "tokenizer.json"} <= {path.name for path in (tmp_path / "2").iterdir()}
+
+
 def test_the_saved_recipe_gives_the_same_adapter_again(trained: Run, tmp_path: Path) -> None:
     assert main(["train", str(trained.folder / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
     again, first = (folder / "adapter_model.safetensors" for folder in (tmp_path / "again", trained.folder))
