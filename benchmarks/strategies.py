@@ -2,6 +2,7 @@
 
     python benchmarks/strategies.py --out benchmarks/results/strategies/cpu.json
     python benchmarks/strategies.py --report benchmarks/results/strategies/cpu.json      the table again, as Markdown
+    python benchmarks/strategies.py --only quantised                                     where the two forms cross
 
 Sizes are those of one linear layer, 1024 inputs and 2816 outputs, fed 1024 tokens, unless others are given. Each round
 runs all strategies once, in a new random order; a ratio is the median over rounds of a strategy's time to that of the
@@ -18,8 +19,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from paca.strategies import ColumnWrite, Form
 from paca.whole import write_text
 
 LAYERS = 4  # whose columns are written in one call
+FEW_TOKENS = (1, 16, 64, 256)  # fed to a quantised layer too, whose two forms cross somewhere
+KINDS = ("gather", "grad_columns", "write", "quantised")
 Call = Callable[[], object]
 
 
@@ -68,16 +72,22 @@ def tensor_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) -> 
     }
 
 
-def quantised_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) -> dict[str, dict[str, Call]]:
-    """Return a call for both forms of a product with an NF4 weight, in training and without gradients."""
+def quantised_steps(
+    backend: Backend, weight_format: str, r: int, dtype: torch.dtype, sizes: Sizes
+) -> dict[str, dict[str, Call]]:
+    """Return a call for both forms of a product with an NF4 or int8 weight, in training and without gradients."""
     import peft
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     tokens, inputs, outputs = sizes
 
     def layer(form: Form) -> torch.nn.Module:
         torch.manual_seed(0)
-        quantised = Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compute_dtype=dtype).to(backend.device())
+        quantised: torch.nn.Module = (
+            Linear4bit(inputs, outputs, bias=False, quant_type="nf4", compute_dtype=dtype)
+            if weight_format == "nf4"
+            else Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
+        ).to(backend.device())
         with paca.use_backend(backend.name, quantised=form.value):
             model = peft.get_peft_model(
                 torch.nn.Sequential(quantised), paca.PacaConfig(r=r, paca_alpha=r, target_modules=["0"])
@@ -95,39 +105,48 @@ def quantised_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) 
         return torch.no_grad()(lambda: one(x))
 
     return {
-        f"quantised, training, {tokens} tokens": {name: train(one.train()) for name, one in layers.items()},
-        f"quantised, without gradients, {tokens} tokens": {name: infer(one.eval()) for name, one in layers.items()},
+        f"{weight_format}, training, {tokens} tokens": {name: train(one.train()) for name, one in layers.items()},
+        f"{weight_format}, without gradients, {tokens} tokens": {
+            name: infer(one.eval()) for name, one in layers.items()
+        },
     }
+
+
+def clock_of(backend: Backend) -> Callable[[], float]:
+    """The process's own seconds where one thread does all the work, so that others' work is not in them."""
+    alone = backend.device().type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
 
 
 def measure(backend: Backend, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each call in each round; a round is one timed call of each, after an untimed one."""
     order, times = list(calls), {name: list[float]() for name in calls}
+    clock = clock_of(backend)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             calls[name]()
             backend.synchronize()
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             backend.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
-def record(backend: Backend, rounds: int, sizes: Sizes) -> dict[str, Any]:
-    """Time everything and return the raw result."""
+def record(backend: Backend, rounds: int, sizes: Sizes, only: Collection[str] = KINDS) -> dict[str, Any]:
+    """Time every strategy of the kinds asked for and return the raw result."""
     random.seed(0)
     results = []
-    has_nf4 = importlib.util.find_spec("bitsandbytes") is not None
-    if not has_nf4:
-        print("bitsandbytes is not installed: products with NF4 weights are left out", file=sys.stderr)
+    has_library = importlib.util.find_spec("bitsandbytes") is not None
+    if "quantised" in only and not has_library:
+        print("bitsandbytes is not installed: products with quantised weights are left out", file=sys.stderr)
     for dtype in (torch.float32, torch.bfloat16):
         for r in (8, 64):
-            kinds = tensor_steps(backend, r, dtype, sizes)
-            if r == 64 and dtype is torch.float32 and has_nf4:
-                for tokens in (1, sizes.tokens):
-                    kinds |= quantised_steps(backend, r, dtype, sizes._replace(tokens=tokens))
+            kinds = {kind: calls for kind, calls in tensor_steps(backend, r, dtype, sizes).items() if kind in only}
+            if "quantised" in only and r == 64 and dtype is torch.float32 and has_library:
+                for weight_format, tokens in product(("nf4", "int8"), (*FEW_TOKENS, sizes.tokens)):
+                    kinds |= quantised_steps(backend, weight_format, r, dtype, sizes._replace(tokens=tokens))
             for kind, calls in kinds.items():
                 results.append(
                     {"kind": kind, "r": r, "dtype": str(dtype)[6:], "seconds": measure(backend, calls, rounds)}
@@ -141,6 +160,7 @@ def record(backend: Backend, rounds: int, sizes: Sizes) -> dict[str, Any]:
         "paca": paca.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rounds": rounds,
+        "clock": clock_of(backend).__name__,
         "sizes": sizes._asdict(),
         "defaults": backend.strategies,
         "results": results,
@@ -168,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default=None, help="default: PACA_BACKEND or the best here")
     parser.add_argument("--rounds", type=int, default=30, help="default 30")
+    parser.add_argument("--only", choices=KINDS, action="append", help="this kind; again for more; default: all")
     for name, size in Sizes()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"of the layer; default {size}")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the raw result there")
@@ -177,7 +198,7 @@ def main() -> None:
         print(table(json.loads(given.report.read_text(encoding="utf-8"))))
         return
     backend = paca.set_backend(given.backend) if given.backend else paca.get_backend()
-    recorded = record(backend, given.rounds, Sizes(given.tokens, given.inputs, given.outputs))
+    recorded = record(backend, given.rounds, Sizes(given.tokens, given.inputs, given.outputs), given.only or KINDS)
     if given.out is not None:
         write_text(given.out, json.dumps(recorded, indent=1))
     print(table(recorded))

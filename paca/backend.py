@@ -64,7 +64,8 @@ class Ops:
     grad_input_sum: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None
     # Called before and after the columns of a step are written, so that they are a graph of their own.
     end_graph: Callable[[], None] = strategies.run_at_once
-    quantised_form: Callable[[bool, bool], Form] = strategies.form_exact  # library dequantises, trains -> form
+    # library dequantises, trains, tokens -> form
+    quantised_form: Callable[[bool, bool, int], Form] = strategies.form_exact
     # weight, index -> what makes the products of a training step instead of `forward` and `grad_input`, from a copy of
     # the columns that do not train; its answer for a weight may be None, and then, as without it, those two do.
     copy_frozen: Callable[[Tensor, Tensor], FrozenProducts | None] | None = None
@@ -98,6 +99,7 @@ PLAIN_TORCH: Choices = MappingProxyType(
             "exact": {"quantised_form": strategies.form_exact},
             "overlay": {"quantised_form": strategies.form_overlay},
             "split": {"quantised_form": strategies.form_split},
+            "fastest": {"quantised_form": strategies.form_fastest},
         },
     }
 )

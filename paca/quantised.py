@@ -303,7 +303,9 @@ class QuantisedWeight(AdaptedWeight):
         trains = torch.is_grad_enabled() and (
             delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         )
-        form = self.ops.quantised_form(self.is_bnb_4bit, trains) if self.can_dequantise else Form.SPLIT
+        form = Form.SPLIT
+        if self.can_dequantise:
+            form = self.ops.quantised_form(self.is_bnb_4bit, trains, x.shape[:-1].numel())
         xs = gather(x, cast_x) if (trains and delta.requires_grad) or form is Form.SPLIT else None
         y: Tensor
         if not self.can_dequantise:

@@ -12,7 +12,8 @@ from paca.recipe import RecipeError, RunOptions
 
 # What `paca.quantised` calls a format in fingerprints, and what a recipe does.
 _RECORDED = {"nf4": "nf4", "int8": "int8", "Float8Tensor": "fp8"}
-PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "torchao"}
+PACKAGES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "torchao"}
+EXTRA = "paca-torch[quant]"  # installs them
 
 
 def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
@@ -39,9 +40,7 @@ def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
         )
     package = PACKAGES[wanted]
     if find_spec(package) is None:
-        raise RecipeError(
-            f"quantization {wanted} needs {package}, which is not installed: pip install 'paca-torch[quant]'"
-        )
+        raise RecipeError(f"quantization {wanted} needs {package}, which is not installed: pip install '{EXTRA}'")
     formats, device = backend.capabilities.quantised, backend.device()
     if formats and wanted not in formats:
         raise RecipeError(

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,11 +76,24 @@ def _backends() -> Iterator[tuple[str, str]]:
             yield f"Backend {name}", f"available: {backend.describe()}"
             yield f"Backend {name}, strategies", strategies
             yield f"Backend {name}, dtypes", dtypes
-            yield f"Backend {name}, quantised bases", ", ".join(sorted(capabilities.quantised)) or "none"
+            yield f"Backend {name}, quantised bases", _formats(capabilities.quantised)
     try:
         yield "Backend in use", get_backend().name
     except (ValueError, RuntimeError) as error:
         yield "Backend in use", f"none: {error}"
+
+
+def _formats(formats: Collection[str]) -> str:
+    """Say which formats of a frozen weight can be used as things are, and what the others need."""
+    from importlib.util import find_spec
+
+    from paca.quantising import EXTRA, PACKAGES
+
+    missing = {name: PACKAGES[name] for name in sorted(formats) if find_spec(PACKAGES[name]) is None}
+    usable = ", ".join(sorted(set(formats) - set(missing))) or "none"
+    if not missing:
+        return usable
+    return f"{usable}; {', '.join(missing)} with {' and '.join(sorted(set(missing.values())))}: pip install '{EXTRA}'"
 
 
 def _gaudi() -> Iterator[tuple[str, str]]:

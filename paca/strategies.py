@@ -18,6 +18,9 @@ from torch.nn import functional as F
 # Tokens that a low-precision gradient converts to float32 at a time: the copies stay in cache and never reach the size
 # of `gy`.
 TOKENS_PER_BLOCK = 2048
+# From so many tokens on the overlay of a quantised weight is the cheaper form. On a CPU the two cross between 64 and 256
+# tokens, in NF4 and int8, with gradients and without (docs/backends.md); other devices have not been measured.
+OVERLAY_FROM_TOKENS = 128
 
 
 def gather_index_select(x: Tensor, index: Tensor) -> Tensor:
@@ -176,24 +179,33 @@ class Form(str, Enum):
     SPLIT = "split"  # the library's own kernel, and the trained columns' part by itself
 
 
-def form_exact(dequantises: bool, trains: bool) -> Form:
+def form_exact(dequantises: bool, trains: bool, tokens: int) -> Form:
     """Choose the cheaper form whose untrained output has the library's own bits.
 
     Args:
         dequantises: whether the library's training forward dequantises the weight and multiplies.
         trains: whether a gradient is wanted; without one, libraries have kernels that do not dequantise.
+        tokens: rows of the product.
     """
     return Form.OVERLAY if dequantises and trains else Form.SPLIT
 
 
-def form_overlay(dequantises: bool, trains: bool) -> Form:
+def form_overlay(dequantises: bool, trains: bool, tokens: int) -> Form:
     """Choose one GEMM always: the weight's precision, where the library would round activations too."""
     return Form.OVERLAY
 
 
-def form_split(dequantises: bool, trains: bool) -> Form:
+def form_split(dequantises: bool, trains: bool, tokens: int) -> Form:
     """Choose the library's own kernel always."""
     return Form.SPLIT
+
+
+def form_fastest(dequantises: bool, trains: bool, tokens: int) -> Form:
+    """Choose the cheaper form, whatever the library itself does: its output may differ from the library's by rounding.
+
+    Putting columns into a weight costs the same for any number of tokens, a product of their own grows with it.
+    """
+    return Form.OVERLAY if tokens >= OVERLAY_FROM_TOKENS else Form.SPLIT
 
 
 def write_index_put(writes: Sequence[ColumnWrite]) -> None:

@@ -65,10 +65,9 @@ class FrozenLinear(nn.Linear):
         """What the library's own kernel is called through."""
         return self
 
-    @property
-    def form(self) -> Form:
-        """How trained columns are applied, by default."""
-        return self.ops.quantised_form(self.weight_format == "nf4", True)
+    def form(self, x: Tensor) -> Form:
+        """How trained columns are applied to `x`, (…, in), in training and by default."""
+        return self.ops.quantised_form(self.weight_format == "nf4", True, x.shape[:-1].numel())
 
     def gemm_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the GEMM; bitsandbytes' 4-bit layers do not follow autocast."""
@@ -136,8 +135,9 @@ class PacaStandIn(nn.Module):
         if isinstance(layer, FrozenLinear):
             cast_x = x.to(layer.gemm_dtype(x))
             xs = self._gathered(x, cast_x, index)
-            given = x if layer.form is Form.SPLIT else cast_x
-            y: Tensor = QuantisedLinear.apply(given, xs, layer.bias, delta, index, 1.0, layer, layer.form)  # type: ignore[no-untyped-call]
+            form = layer.form(x)
+            given = x if form is Form.SPLIT else cast_x
+            y: Tensor = QuantisedLinear.apply(given, xs, layer.bias, delta, index, 1.0, layer, form)  # type: ignore[no-untyped-call]
             return y.to(x.dtype) if layer.weight_format == "nf4" else y
         cast_x = x.to(_gemm_dtype(x))
         xs = self._gathered(x, cast_x, index)

@@ -20,6 +20,7 @@ import paca
 from paca.layer import PacaLayer
 from paca.merging import merge
 from paca.quantised import QuantisedWeight, library_of
+from paca.strategies import OVERLAY_FROM_TOKENS
 
 IDS = torch.arange(2, 34).reshape(2, 16)
 
@@ -85,6 +86,39 @@ def test_switching_off_gives_the_base_s_own_bits(quantised, name):
         assert torch.equal(model.unload()(input_ids=IDS).logits, before)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize(("tokens", "form"), [(OVERLAY_FROM_TOKENS - 1, "split"), (OVERLAY_FROM_TOKENS, "overlay")])
+def test_the_fastest_form_follows_the_tokens_and_has_that_form_s_bits(quantised, name, tokens, form, trains):
+    found = {}
+    for choice in ("fastest", "overlay", "split"):
+        with paca.use_backend("cpu", quantised=choice):
+            layer = layers(adapted(quantised(name)))[0].train(trains)
+        delta = layer.paca_delta["default"]
+        x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_(trains)
+        nn.init.normal_(delta, std=0.1, generator=torch.Generator().manual_seed(1))
+        with torch.set_grad_enabled(trains):
+            y = layer(x)
+        found[choice] = [y]
+        if trains:
+            y.square().sum().backward()
+            found[choice] += [x.grad, delta.grad]
+    other = "overlay" if form == "split" else "split"
+    assert all(torch.equal(mine, its) for mine, its in zip(found["fastest"], found[form], strict=True))
+    assert not torch.equal(found["fastest"][0], found[other][0])
+
+
+def test_the_tokens_of_a_batch_are_counted_over_all_its_rows(quantised):
+    with paca.use_backend("cpu", quantised="fastest"):
+        layer = layers(adapted(quantised("nf4")))[0]
+    seen = []
+    layer.get_base_layer().register_forward_hook(lambda *_: seen.append("split"))
+    layer(torch.randn(2, OVERLAY_FROM_TOKENS // 2, layer.in_features))
+    assert seen == []
+    layer(torch.randn(1, OVERLAY_FROM_TOKENS // 2, layer.in_features))
+    assert seen == ["split"]
+
+
 @pytest.mark.parametrize("form", ["overlay", "split"])
 @pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8", "torchao-int4"])
 def test_gradients_meet_the_float64_oracle_on_the_dequantised_weight(quantised, name, form):
@@ -117,7 +151,7 @@ def test_gradients_meet_the_float64_oracle_on_the_dequantised_weight(quantised, 
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8", "torchao-int4"])
-@pytest.mark.parametrize("form", ["exact", "overlay", "split"])
+@pytest.mark.parametrize("form", ["exact", "overlay", "split", "fastest"])
 def test_only_r_channels_are_kept_for_backward(quantised, name, form):
     """LoRA keeps the whole input; so does bitsandbytes' own int8 product."""
     with paca.use_backend("cpu", quantised=form):

@@ -38,6 +38,25 @@ def test_each_backend_is_told_with_its_strategies_or_why_it_is_unavailable(monke
     assert told["Backend broken"] == "unavailable: it cannot be imported: No module named 'no_such_package'"
 
 
+def test_formats_are_told_as_the_installed_libraries_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    installed = {"torchao"}
+    find = importlib.util.find_spec
+    known = {"bitsandbytes", "torchao"}
+
+    def found(name: str, package: str | None = None) -> object:
+        return (name in installed or None) if name in known else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    needed = "fp8; fp4, int8, nf4 with bitsandbytes: pip install 'paca-torch[quant]'"
+    assert lines()["Backend cpu, quantised bases"] == needed
+    installed.clear()
+    assert lines()["Backend cpu, quantised bases"].startswith("none; fp4, fp8, int8, nf4 with bitsandbytes and torchao")
+    installed.update(known)
+    assert lines()["Backend cpu, quantised bases"] == "fp4, fp8, int8, nf4"
+
+
 def test_variables_are_told_but_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PT_HPU_LAZY_MODE", "HABANA_VISIBLE_DEVICES", "PACA_BACKEND", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "cpu" if name == "PACA_BACKEND" else "secret-or-not")
