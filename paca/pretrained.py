@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,16 +67,14 @@ def load_model(run: RunOptions, config: Any) -> Any:
     """The base model for the recipe's task, in the recipe's dtype: on the CPU, or on the device if it is quantised."""
     import transformers
 
+    from paca.quantising import loading_options
+
     auto: Any = transformers.AutoModelForCausalLM
     if run.task == "sequence_classification":
         auto = transformers.AutoModelForSequenceClassification
-    options: dict[str, Any] = {"config": config, dtype_argument(): run.dtype}
+    options: dict[str, Any] = {"config": config, dtype_argument(): run.dtype} | loading_options(run, config)
     if run.attn_implementation:
         options["attn_implementation"] = run.attn_implementation
-    if run.quantization != "none":
-        from paca.quantising import loading_options
-
-        options |= loading_options(run, config)
     return _load("model_name_or_path", run, lambda source, **known: auto.from_pretrained(source, **known, **options))
 
 
@@ -121,16 +120,26 @@ def load_adapter(base: Any, adapter: Path) -> Any:
     """The base model with a saved adapter on it, for inference.
 
     Raises:
-        RecipeError: if the adapter's file is damaged.
+        RecipeError: if the adapter's file is damaged, or lacks or has otherwise what its settings say.
         BaseMismatchError: if it was trained on another base.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from paca.errors import BaseMismatchError
+
+    file = adapter / "adapter_model.safetensors"
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)  # PEFT goes on without them
+            return PeftModel.from_pretrained(base, str(adapter))
     except SafetensorError as error:
-        raise RecipeError(f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {error}") from error
+        raise RecipeError(f"{file} is truncated or damaged: {error}") from error
+    except BaseMismatchError:
+        raise
+    except (RuntimeError, ValueError, UserWarning) as error:
+        why = " ".join(str(error).split("\n\t")[:2])  # torch has a line for each tensor
+        raise RecipeError(f"{file} does not fit its adapter_config.json or the base model: {why}") from error
 
 
 def _load(key: str, run: RunOptions, load: Callable[..., Loaded]) -> Loaded:

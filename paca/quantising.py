@@ -17,13 +17,13 @@ EXTRA = "paca-torch[quant]"  # installs them
 
 
 def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise a model while it is loaded, on the device in use.
+    """Arguments of `from_pretrained` that quantise a model while it is loaded, on the device in use, or none.
 
     Linear layers but the output layer are quantised; norms, embeddings and output layer stay in the recipe's dtype, as
     in TRL, and are not cast to float32 as PEFT's `prepare_model_for_kbit_training` would.
 
     Args:
-        run: whose `quantization` is not "none".
+        run: whose `quantization` says how; "none" needs no arguments.
         config: the model's transformers configuration.
 
     Raises:
@@ -31,6 +31,8 @@ def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
     """
     from paca.registry import get_backend
 
+    if run.quantization == "none":
+        return {}
     wanted, backend = run.quantization, get_backend()
     if already := getattr(config, "quantization_config", None):
         method = already.get("quant_method") if isinstance(already, dict) else getattr(already, "quant_method", already)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 # Tokens that a low-precision gradient converts to float32 at a time: the copies stay in cache and never reach the size
 # of `gy`.
 TOKENS_PER_BLOCK = 2048
-# From so many tokens on the overlay of a quantised weight is the cheaper form. On a CPU the two cross between 64 and 256
-# tokens, in NF4 and int8, with gradients and without (docs/backends.md); other devices have not been measured.
-OVERLAY_FROM_TOKENS = 128
+# From so many tokens on the overlay of a quantised weight is the cheaper form. On a CPU both cost about the same there,
+# in NF4 and int8, with gradients and without (docs/backends.md); other devices have not been measured.
+OVERLAY_FROM_TOKENS = 256
 
 
 def gather_index_select(x: Tensor, index: Tensor) -> Tensor:
@@ -180,14 +180,16 @@ class Form(str, Enum):
 
 
 def form_exact(dequantises: bool, trains: bool, tokens: int) -> Form:
-    """Choose the cheaper form whose untrained output has the library's own bits.
+    """Choose the cheaper form of those whose untrained output has the library's own bits.
+
+    The split always has; the overlay has, where the library multiplies a dequantised weight too.
 
     Args:
         dequantises: whether the library's training forward dequantises the weight and multiplies.
         trains: whether a gradient is wanted; without one, libraries have kernels that do not dequantise.
         tokens: rows of the product.
     """
-    return Form.OVERLAY if dequantises and trains else Form.SPLIT
+    return form_fastest(dequantises, trains, tokens) if dequantises and trains else Form.SPLIT
 
 
 def form_overlay(dequantises: bool, trains: bool, tokens: int) -> Form:

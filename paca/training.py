@@ -28,7 +28,7 @@ from paca.pretrained import (
     to_device,
 )
 from paca.progress import use_readable_log
-from paca.quantising import recorded
+from paca.quantising import loading_options, recorded
 from paca.recipe import Given, Recipe, RecipeError, read_file, resolve
 from paca.rows import DataError, Rows, open_files, open_hub
 from paca.schedule import dropped_out, go_to, steps_an_epoch
@@ -75,6 +75,7 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     config, tokenizer = load_config(run), load_tokenizer(run)
     length = sequence_length(recipe, config, tokenizer)
     check_adapter_fits(recipe, config)
+    loading_options(run, config)  # what cannot be quantised here is refused before data and weights are read
     data = load_data(recipe, tokenizer, length)
     assert data.train is not None
     _check_ids(data, config, tokenizer)
@@ -129,6 +130,7 @@ def evaluate(recipe: Recipe, adapter: Path | None, say: Say = print) -> dict[str
     run = recipe.run
     config, tokenizer = load_config(run), load_tokenizer(run)
     length = sequence_length(recipe, config, tokenizer)
+    loading_options(run, config)
     data = load_data(recipe, tokenizer, length, only_held_out=True)
     if data.held_out is None:
         raise RecipeError("there is nothing to evaluate on: give eval_file, eval_split or eval_size")
@@ -137,7 +139,10 @@ def evaluate(recipe: Recipe, adapter: Path | None, say: Say = print) -> dict[str
     with TemporaryDirectory() as scratch:  # the Trainer wants a folder even where nothing is saved
         arguments = training_arguments(recipe.with_training(output_dir=scratch), data, evaluate_only=True)
         model = base_model(recipe, config, data.classes, tokenizer)
-        model = load_adapter(model, adapter) if adapter else model
+        if adapter:
+            model = load_adapter(model, adapter)
+        elif getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True  # else the Trainer refuses it for want of what could be trained
         trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
         use_readable_log(trainer, lines=False)
         metrics: dict[str, Any] = trainer.evaluate()
@@ -458,7 +463,9 @@ def adapted_model(recipe: Recipe, config: Any, data: Data, tokenizer: Any, lengt
 
     backend, settings = get_backend(), adapter_config(recipe)
     model = base_model(recipe, config, data.classes, tokenizer)
-    say(f"model           {recipe.run.model_name_or_path}, {model.dtype}, on {backend.name} ({backend.describe()})")
+    kept = "" if recipe.run.quantization == "none" else f", frozen linears in {recipe.run.quantization}"
+    name, where = recipe.run.model_name_or_path, f"{backend.name} ({backend.describe()})"
+    say(f"model           {name}, {model.dtype}{kept}, on {where}")
     say(f"strategies      {', '.join(f'{kind}={name}' for kind, name in backend.strategies.items())}")
     try:
         if settings.selection in MEASURED and not settings.columns:

@@ -51,12 +51,13 @@ def dense_twin(model):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_new_adapter_changes_no_bit(quantised, name, mode):
-    base = quantised(name)
+@pytest.mark.parametrize("tokens", [IDS.numel(), OVERLAY_FROM_TOKENS])
+def test_a_new_adapter_changes_no_bit(quantised, name, mode, tokens):
+    base, ids = quantised(name), IDS.repeat(tokens // IDS.numel(), 1)
     getattr(base, mode)()
     with torch.set_grad_enabled(mode == "train"):
-        before = base(input_ids=IDS).logits
-        after = adapted(base)(input_ids=IDS).logits
+        before = base(input_ids=ids).logits
+        after = adapted(base)(input_ids=ids).logits
     assert torch.equal(before, after)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from paca.cli import main
 
@@ -235,6 +236,36 @@ def test_drawing_is_repeatable_and_leaves_the_random_state_alone(
         assert main([*words, "--seed", seed]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+
+
+def _cut_columns(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}.paca_delta"] = tensors[f"{layer}.paca_delta"][:, 1:].contiguous()
+
+
+def _move_columns(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}.paca_indices"] += 1000
+
+
+def _lose_deltas(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    del tensors[f"{layer}.paca_delta"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(_cut_columns, "size mismatch"), (_move_columns, "columns must lie in"), (_lose_deltas, "missing adapter keys")],
+)
+def test_an_adapter_that_does_not_fit_its_settings_is_refused(
+    trained: Run, damage: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained.folder, tmp_path / "bad", ignore=shutil.ignore_patterns("checkpoint-*"))
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, next(iter(tensors)).rpartition(".")[0])
+    save_file(tensors, file)
+    assert main(["evaluate", str(tmp_path / "bad")]) == 2
+    told = capsys.readouterr().err
+    assert "adapter_model.safetensors does not fit its adapter_config.json or the base model" in told
+    assert said in told
 
 
 def test_the_merged_model_computes_what_the_adapted_one_does(trained: Run, tmp_path: Path) -> None:

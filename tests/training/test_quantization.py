@@ -77,7 +77,9 @@ def test_an_adapter_meets_the_base_that_it_was_trained_on(
 
     assert main(["evaluate", str(run), "--json", str(score)]) == 0
     assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-5)
-    capsys.readouterr()
+    assert main(["evaluate", str(run), "--base", "--json", str(score)]) == 0
+    assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_before_loss"], rel=1e-5)
+    assert f"torch.float32, frozen linears in {wanted}, on cpu" in capsys.readouterr().out
     assert main(["generate", str(run), "--prompt", "7 then ", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("7 then ")
 
@@ -90,11 +92,22 @@ def test_an_adapter_meets_the_base_that_it_was_trained_on(
     assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("wanted", "package"), quantising.PACKAGES.items())
+@pytest.mark.parametrize(("wanted", "package"), [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("fp8", "torchao")])
 def test_a_missing_package_is_named(llama: Path, wanted: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantising, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=rf"quantization {wanted} needs {package}.*pip install 'paca-torch\[quant\]'"):
         load(llama, wanted)
+
+
+def test_what_cannot_be_quantised_is_refused_before_data_is_read(
+    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quantising, "find_spec", lambda name: None)
+    recipe = ["--model_name_or_path", str(llama), "--quantization", "fp8", "--r", "8", "--output_dir", str(tmp_path)]
+    assert main(["train", *recipe, "--train_file", str(texts)]) == 2
+    told = capsys.readouterr()
+    assert "quantization fp8 needs torchao" in told.err
+    assert "training data" not in told.out
 
 
 def test_a_format_that_the_backend_lacks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
