@@ -35,8 +35,9 @@ SIZED_BY_DATA = frozenset(
 )
 _INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"})
 _WRITES = frozenset({"index_copy_", "scatter_", "index_put_", "_index_put_impl_", "copy_"})
-# On the CPU no operation runs for these; a device stops and copies.
-_TO_HOST = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__})
+# On the CPU no operation runs for these; a device stops and copies. Printing is hidden from the recorder on any device.
+_PRINTS = Tensor.__repr__
+_TO_HOST = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__, _PRINTS})
 # Nothing runs for these.
 _NAMES_ONLY = frozenset(
     {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
@@ -258,7 +259,8 @@ class GraphRecorder(TorchDispatchMode):
 
     def _note_host_read(self, func: Any, tensor: Tensor) -> None:
         # Where there is a device, the copy is an operation like any other.
-        if not self._paused and tensor.device.type == "cpu" and self._is_on_device(tensor):
+        seen = tensor.device.type != "cpu" and func is not _PRINTS
+        if not self._paused and not seen and self._is_on_device(tensor):
             self.offences.append(Offence("copy to the host", f"Tensor.{func.__name__}", _where()))
             self.cut()
 
@@ -328,7 +330,8 @@ class _HostReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Tell of the call if it is one, and make it."""
-        if func in _TO_HOST:
+        # By name only: `x.to(y.device)` stays on the device, which the CPU stands for.
+        if func in _TO_HOST or (func is Tensor.to and "cpu" in (*args[1:2], (kwargs or {}).get("device"))):
             self._tell(func, args[0])
         return func(*args, **(kwargs or {}))
 

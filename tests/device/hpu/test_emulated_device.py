@@ -103,6 +103,28 @@ def test_on_the_device_itself_the_recorder_finds_a_clean_step():
     paca.verify(model)
 
 
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (lambda loss: loss.item(), "aten._local_scalar_dense.default"),
+        (lambda loss: loss.detach().cpu(), "aten._to_copy.default"),
+        (lambda loss: loss.detach().to("cpu"), "aten._to_copy.default"),
+        (lambda loss: print(loss), "Tensor.__repr__"),
+    ],
+)
+def test_on_the_device_itself_a_planted_read_is_found_once(read, found):
+    paca.set_backend("hpu")
+    model = adapted(llama(attn_implementation="eager", use_cache=False)).to("hpu")
+    batch = {"input_ids": tokens().to("hpu"), "labels": tokens().to("hpu")}
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    model(**batch)  # writes the columns after the move
+    recorder = GraphRecorder(model)
+    with recorder.watching():
+        read(model(**batch).loss)
+    assert [offence.operation for offence in recorder.offences] == [found]
+    assert "test_emulated_device.py:" in recorder.offences[0].where
+
+
 class Rows(Dataset):
     def __len__(self):
         return 16
