@@ -20,7 +20,8 @@ def graphs(path: Path | None, words: Sequence[str], steps: int, say: Callable[[s
     """Record the graphs of a recipe's first optimizer steps.
 
     On a Gaudi it runs there, and the vendor's own count of compilations is printed beside the recorded one; elsewhere
-    Gaudi's operations run on the CPU.
+    Gaudi's operations run on the CPU. With `graph=compile` the steps are taken once more, because torch.compile leaves
+    everything as it is while operations are recorded.
 
     Args:
         path: the recipe.
@@ -35,19 +36,35 @@ def graphs(path: Path | None, words: Sequence[str], steps: int, say: Callable[[s
 
     given = (read_file(path) if path is not None else {}) | read_words(words)
     if available_backends()["hpu"] is not None:
+        named = given.get("backend", Given("hpu", ""))
+        name = named.words[0] if named.words else named.value
+        if name not in ("hpu", REHEARSAL) and given.pop("strategies", None) is not None:
+            say(f"the strategies are left aside: they are those of the backend {name}")
         given["backend"] = Given(REHEARSAL, "paca doctor")
-        given.pop("strategies", None)
     recipe = resolve(given)
     say(
         f"recording {steps} optimizer steps; logging, evaluation and saving are left out: each of them stops the device"
     )
     with TemporaryDirectory() as scratch:
-        recorder, counted = _record(_quiet(recipe, scratch, steps), steps, say)
+        quiet = _quiet(recipe, scratch, steps)
+        recorder, counted = _record(quiet, steps, say)
+        compiled, breaks, recounted = _compile(quiet, steps) if _compiles() else ([], [], None)
     for line in recorder.report():
         say(line)
-    if counted is not None:
-        say(f"compiled, by the vendor  {', '.join(map(str, counted))} in steps 1 to {len(counted)}")
-    return recorder.is_clean and not sum((counted or [])[recorder.warm_up :])
+    counts = {"torch.compile's graphs": compiled, "compiled, by the vendor": recounted or counted or []}
+    for label, count in counts.items():
+        if count:
+            say(f"{label:24} {', '.join(map(str, count))} in steps 1 to {len(count)}")
+    for reason in breaks:
+        say(f"graph break: {reason}")
+    return recorder.is_clean and not breaks and not any(sum(count[WARM_UP:]) for count in counts.values())
+
+
+def _compiles() -> bool:
+    from paca.backend import GraphMode
+    from paca.registry import get_backend
+
+    return get_backend().graph_mode is GraphMode.COMPILE
 
 
 def _quiet(recipe: Recipe, folder: str, steps: int) -> Recipe:
@@ -65,28 +82,57 @@ def _quiet(recipe: Recipe, folder: str, steps: int) -> Recipe:
 
 
 def _record(recipe: Recipe, steps: int, say: Callable[[str], None]) -> tuple[Any, list[int] | None]:
-    from transformers import set_seed
-
+    """Train under the recorder; gives it, and the vendor's count where there is one."""
     from paca.graphs import GraphRecorder
-    from paca.pretrained import load_config, load_tokenizer
     from paca.registry import get_backend
-    from paca.training import adapted_model, load_data, make_trainer, sequence_length, training_arguments
 
     backend = get_backend()
+    trainer, data = _trainer(recipe, say)
+    recorder = GraphRecorder(trainer.model, warm_up=WARM_UP)
+    counted: list[int] = []
+    with backend.compilations() as compiled, recorder.watching():
+        trainer.add_callback(_marks(recorder, steps))
+        if compiled is not None:
+            trainer.add_callback(_counts(_settled(backend, compiled), counted))
+        trainer.train()
+    _say_ragged(trainer.args, data, say)
+    return recorder, counted if compiled is not None else None
+
+
+def _compile(recipe: Recipe, steps: int) -> tuple[list[int], list[str], list[int] | None]:
+    """Train without the recorder; gives the graphs that torch.compile made in each step, breaks, the vendor's count."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from paca.registry import get_backend
+
+    backend = get_backend()
+    trainer, _ = _trainer(recipe, lambda line: None)
+    torch._dynamo.reset()  # what it met while operations were recorded, it has decided to skip
+    counters.clear()
+    made: list[int] = []
+    counted: list[int] = []
+    with backend.compilations() as compiled:
+        trainer.add_callback(_counts(lambda: counters["stats"]["unique_graphs"], made))
+        if compiled is not None:
+            trainer.add_callback(_counts(_settled(backend, compiled), counted))
+        trainer.train()
+    return made, list(counters["graph_break"]), counted if compiled is not None else None
+
+
+def _trainer(recipe: Recipe, say: Callable[[str], None]) -> tuple[Any, Any]:
+    from transformers import set_seed
+
+    from paca.pretrained import load_config, load_tokenizer
+    from paca.training import adapted_model, load_data, make_trainer, sequence_length, training_arguments
+
     config, tokenizer = load_config(recipe.run), load_tokenizer(recipe.run)
     length = sequence_length(recipe, config, tokenizer)
     data = load_data(recipe, tokenizer, length)
     arguments = training_arguments(recipe, data)
     set_seed(arguments.seed)
     model = adapted_model(recipe, config, data, tokenizer, length, say)
-    trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
-    recorder = GraphRecorder(trainer.model, warm_up=WARM_UP)
-    counted: list[int] = []
-    with backend.compilations() as compiled, recorder.watching():
-        trainer.add_callback(_marks(recorder, steps, counted, compiled and _settled(backend, compiled)))
-        trainer.train()
-    _say_ragged(arguments, data, say)
-    return recorder, counted if compiled is not None else None
+    return make_trainer(recipe, arguments, model, tokenizer, data, length), data
 
 
 def _settled(backend: Backend, compiled: Callable[[], int]) -> Callable[[], int]:
@@ -99,7 +145,18 @@ def _settled(backend: Backend, compiled: Callable[[], int]) -> Callable[[], int]
     return count
 
 
-def _marks(recorder: Any, steps: int, counted: list[int], compiled: Callable[[], int] | None) -> Any:
+def _counts(total: Callable[[], int], steps: list[int]) -> Any:
+    """A callback that notes by how much a total grows in each step."""
+    from transformers import TrainerCallback
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            steps.append(total() - sum(steps))
+
+    return Counts()
+
+
+def _marks(recorder: Any, steps: int) -> Any:
     """A callback that cuts graphs where GaudiTrainer marks a step: after each backward and after the optimizer."""
     from transformers import TrainerCallback
 
@@ -115,8 +172,6 @@ def _marks(recorder: Any, steps: int, counted: list[int], compiled: Callable[[],
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             recorder.end_step()
-            if compiled is not None:
-                counted.append(compiled() - sum(counted))
             if len(recorder.steps) == steps:
                 recorder.pause()  # the Trainer reads the loss back at its end
 

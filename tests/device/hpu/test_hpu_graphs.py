@@ -8,6 +8,7 @@ import torch
 from tiny_models import adapted, llama, recompute
 
 import paca
+from paca import training
 from paca.cli import main
 from paca.graphs import GraphRecorder
 
@@ -204,3 +205,21 @@ def test_the_doctor_examines_a_recipe_and_says_what_to_put_right(tmp_path, recip
     assert "masking_utils.py:" in said.out
     assert "host sync" in said.out
     assert "what to put right is listed above" in said.err
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile instantiates it
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_doctor_counts_what_torch_compile_makes_in_a_run_of_its_own(monkeypatch, tmp_path, recipe, capsys, planted):
+    def with_break(*args, **options):
+        model = adapted_model(*args, **options)
+        model.register_forward_hook(lambda module, args, out: torch._dynamo.graph_break())
+        return model
+
+    adapted_model = training.adapted_model
+    monkeypatch.setattr(training, "adapted_model", with_break if planted else adapted_model)
+    (tmp_path / "my.yaml").write_text("backend: hpu\nattn_implementation: eager\nstrategies: {write: scatter}\n")
+    assert main([*recipe, "--strategies", "{graph: compile, write: scatter}"]) == (2 if planted else 0)
+    said = capsys.readouterr().out
+    assert "write=scatter" in said
+    assert "torch.compile's graphs   1, 0, 0, 0 in steps 1 to 4" in said
+    assert ("graph break: " in said) is planted
