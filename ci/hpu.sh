@@ -42,7 +42,7 @@ standin() {
 emulated() {
     run emulated 0 "$own" tests/device/hpu/test_emulated_device.py &&
         run emulated 0 "$own" tests/parity/test_every_backend.py --backend hpu -k 'each_strategy or eager' &&
-        run emulated 1 "$venv" "$gaudi" -k 'the_real_one or True-True or same_bits or merging or planted'
+        run emulated 1 "$venv" "$gaudi" -k 'the_real_one or True-True or True-False or same_bits or merging or planted'
 }
 
 # Each process keeps one core busy, so the two halves run side by side; what the first prints is shown when it has ended.

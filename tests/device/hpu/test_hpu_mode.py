@@ -115,6 +115,11 @@ def test_columns_are_written_before_a_model_is_recorded(monkeypatch):
     assert recorded == [[True, True]]
 
 
+def test_no_layer_is_a_linear_which_fp8_conversion_would_replace_without_a_word():
+    assert layers_of(model := adapted(mlp(), task_type=None))
+    assert not any(isinstance(layer, torch.nn.Linear) for layer in layers_of(model))
+
+
 def test_hpu_graphs_are_refused_where_the_trainer_cannot_record_them(monkeypatch):
     monkeypatch.setenv(bridge.MODE, "1")
     monkeypatch.setattr(HPUBackend, "why_unavailable", classmethod(lambda cls: None))
