@@ -48,6 +48,17 @@ def test_each_result_is_compared(tier, name):
     assert verdict.detail.startswith(f"{case.name} {name}: [")
 
 
+@pytest.mark.parametrize("name", ["y", "y_after", "grad_input", "grad_bias"])
+def test_no_rounding_explains_three_ulps(name):
+    case = CASES[f"{BOUNDED}/{WITH_BIAS}"]
+    found = results(case)
+    value = found[name].view(-1)
+    largest = value.abs().argmax()
+    for _ in range(3):
+        value[largest] = torch.nextafter(value[largest], value[largest] * 2)
+    assert judge(case, found, names(case)).status is Status.FAILED
+
+
 @pytest.mark.parametrize("name", names(CASES[f"bitwise/{WITH_BIAS}"]))
 def test_each_result_must_be_there(name):
     case = CASES[f"{BITWISE}/{WITH_BIAS}"]
