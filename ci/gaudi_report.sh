@@ -9,9 +9,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath -m "${1:-.venv}")/bin
 backend=${2:-hpu}
-place=device steps=20 size=(--dtype bfloat16) train=(--bf16 true) rounds=15
+place=device steps=20 size=(--dtype bfloat16) train=(--bf16 true) bench=(--rounds 15)
 if [ "$backend" != hpu ]; then
-    place='' steps=3 size=(--dtype float32) train=(--max_steps 2 --max_eval_samples 8 --prompts '[]') rounds=2
+    place='' steps=3 size=(--dtype float32) train=(--max_steps 2 --max_eval_samples 8 --prompts '[]') bench=(--rounds 2 --shape tiny)
 fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -31,7 +31,7 @@ graph() {
         --packing true "${size[@]}")
     part "$mode" paca doctor --graphs "${recipe[@]}" --steps "$steps"
     part "$mode" paca train "${recipe[@]}" "${train[@]}" --output_dir "runs/gaudi/$graph"
-    part "$mode" paca bench --backend "$backend" --graph whole --strategies "graph=$graph" "${size[@]}" --rounds "$rounds" \
+    part "$mode" paca bench --backend "$backend" --graph whole --strategies "graph=$graph" "${size[@]}" "${bench[@]}" \
         --methods floor,paca-r8,paca-r64,lora-r8 --out "runs/gaudi/bench-$graph.json"
 }
 
@@ -45,7 +45,7 @@ report() {
     graph 0 compile
     graph 1 lazy
     if [ "$backend" = hpu ]; then graph 1 hpu_graphs; fi
-    part 0 benchmarks.strategies --backend "$backend" --rounds "$rounds" --out runs/gaudi/strategies.json
+    part 0 benchmarks.strategies --backend "$backend" "${bench[@]:0:2}" --out runs/gaudi/strategies.json
 }
 
 mkdir -p runs/gaudi
