@@ -44,11 +44,9 @@ def loading_options(run: RunOptions, config: Any) -> dict[str, Any]:
     if find_spec(package) is None:
         raise RecipeError(f"quantization {wanted} needs {package}, which is not installed: pip install '{EXTRA}'")
     formats, device = backend.capabilities.quantised, backend.device()
-    if formats and wanted not in formats:
-        raise RecipeError(
-            f"quantization {wanted}: the {backend.name} backend has {', '.join(sorted(formats))} only; choose one of "
-            "these, or none"
-        )
+    if wanted not in formats:
+        known = ", ".join([*sorted(formats), "none"])
+        raise RecipeError(f"quantization {wanted}: the {backend.name} backend does not have it; it has {known}")
     try:
         settings = _SETTINGS[wanted](compute_dtype(run, config), device)
     except ImportError as error:  # installed, but not for this torch or this machine

@@ -170,6 +170,7 @@ class RehearsalBackend(HPUBackend):
             dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
             graph_modes=(GraphMode.EAGER, GraphMode.COMPILE, GraphMode.LAZY),
             steps_per_check=0,
+            quantised=frozenset({"nf4"}),  # a Gaudi's
         )
 
     def device(self, index: int | None = None) -> torch.device:

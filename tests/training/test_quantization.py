@@ -110,11 +110,14 @@ def test_what_cannot_be_quantised_is_refused_before_data_is_read(
     assert "training data" not in told.out
 
 
-def test_a_format_that_the_backend_lacks_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("formats", "told"), [({"nf4"}, "nf4, none"), (set(), "none")])
+def test_a_format_that_the_backend_lacks_is_refused(
+    llama: Path, formats: set[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = get_backend()
-    only = replace(backend.capabilities, quantised=frozenset({"nf4"}))
+    only = replace(backend.capabilities, quantised=frozenset(formats))
     monkeypatch.setattr(type(backend), "capabilities", property(lambda self: only))
-    with pytest.raises(RecipeError, match="quantization int8: the cpu backend has nf4 only"):
+    with pytest.raises(RecipeError, match=f"quantization int8: the cpu backend does not have it; it has {told}$"):
         load(llama, "int8")
 
 
