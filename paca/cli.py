@@ -484,10 +484,10 @@ def _first_word(words: list[str]) -> Path | None:
 def _users_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is all that the user needs."""
     from paca.checkpoint import CheckpointError
-    from paca.errors import AdapterError, BackendUnavailableError, BaseMismatchError
+    from paca.errors import AdapterError, BackendUnavailableError, BaseMismatchError, OptimizerError
 
     known: list[type[Exception]] = [CheckpointError, BackendUnavailableError, BaseMismatchError, ModuleNotFoundError]
-    known += [OSError, AdapterError]  # a disk that is full, a folder that cannot be written
+    known += [OSError, AdapterError, OptimizerError]  # a disk that is full, a folder that cannot be written
     try:
         from paca.recipe import RecipeError
         from paca.rows import DataError

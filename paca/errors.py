@@ -15,5 +15,9 @@ class BaseMismatchError(ValueError):
     """An adapter was made for another base model than the one it is loaded into."""
 
 
+class OptimizerError(TypeError):
+    """An optimizer cannot train as the adapter's options ask; the message says why and which one can."""
+
+
 class AdapterError(ValueError):
     """A saved adapter cannot be used as asked; the message says why and what can be done."""

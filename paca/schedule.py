@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paca.config import PacaConfig
+from paca.errors import OptimizerError
 from paca.select import generator_for, shared_name
 
 if TYPE_CHECKING:
@@ -258,12 +259,12 @@ def state_of(optimizer: Optimizer, delta: Tensor) -> list[Tensor]:
     """Return an optimizer's tensors that hold a number for each entry of a delta, such as Adam's moments.
 
     Raises:
-        TypeError: if it keeps them in another form, as 8-bit optimizers do, whose columns cannot be told apart.
+        OptimizerError: if it keeps them in another form, as 8-bit optimizers do, whose columns cannot be told apart.
     """
     state: dict[str, Any] = optimizer.state.get(delta, {})
     tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
     if strange := [t for t in tensors if t.shape != delta.shape or not t.is_floating_point()]:
-        raise TypeError(
+        raise OptimizerError(
             f"{type(optimizer).__name__} keeps its state as {strange[0].dtype} of shape {tuple(strange[0].shape)}, in "
             "which single columns cannot be held or cleared; use an optimizer with plain moments, such as AdamW"
         )

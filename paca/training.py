@@ -396,10 +396,22 @@ def adapter_config(recipe: Recipe) -> PacaConfig:
         config = PacaConfig(task_type=TASK_TYPES[recipe.run.task], revision=recipe.run.revision, **recipe.adapter)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    if config.masked and recipe.run.quantization != "none":
+    quantization, optim = recipe.run.quantization, str(recipe.training.get("optim", ""))
+    if config.masked and quantization != "none":
         raise RecipeError(
             f"selection: {config.selection} trains entries that live in the weight, and quantization: "
-            f"{recipe.run.quantization} quantises it; choose columns (selection: random), or leave the model as it is"
+            f"{quantization} quantises it; choose columns (selection: random), or leave the model as it is"
+        )
+    if (config.groups or config.copermute) and quantization != "none":
+        raise RecipeError(
+            f"{'groups' if config.groups else 'copermute'} needs weights that can be written, and quantization: "
+            f"{quantization} quantises them; leave one of the two out"
+        )
+    by_column = [key for key in ("prefix_training", "groups", "reselect") if getattr(config, key) is not None]
+    if by_column and any(form in optim for form in ("8bit", "4bit", "adafactor")):
+        raise RecipeError(
+            f"{by_column[0]} holds or clears single columns of the optimizer's state, which optim: {optim} keeps in "
+            "another form; choose one with plain moments, such as adamw_torch"
         )
     return config
 

@@ -64,12 +64,23 @@ def test_the_table_says_what_the_runs_say(family: ModuleType) -> None:
     assert rows == ["| groups | 3.5000 (3.0000 to 4.0000) | 2 | 1,000 | 2.50 | not measured |"]
 
 
-def test_a_mask_on_a_quantised_model_is_refused_before_anything_is_read() -> None:
+@pytest.mark.parametrize(
+    ("name", "words", "says"),
+    [
+        ("mask", ["--quantization", "nf4"], "quantization: nf4 quantises it"),
+        ("groups", ["--quantization", "int8"], "groups needs weights that can be written, and quantization: int8"),
+        ("s2ft", ["--quantization", "nf4"], "copermute needs weights that can be written, and quantization: nf4"),
+        ("reselect", ["--optim", "paged_adamw_8bit"], "reselect holds or clears .* which optim: paged_adamw_8bit"),
+        ("prefix", ["--optim", "adafactor"], "prefix_training holds or clears .* which optim: adafactor"),
+    ],
+    ids=str,
+)
+def test_what_cannot_go_together_is_refused_before_anything_is_read(name: str, words: list[str], says: str) -> None:
     from paca.recipe import RecipeError, read_recipe
     from paca.training import adapter_config
 
-    recipe = read_recipe(TOP / "recipes" / "family" / "mask.yaml", ["--quantization", "nf4"])
-    with pytest.raises(RecipeError, match="quantization: nf4 quantises it"):
+    recipe = read_recipe(TOP / "recipes" / "family" / f"{name}.yaml", words)
+    with pytest.raises(RecipeError, match=says):
         adapter_config(recipe)
 
 
