@@ -304,6 +304,7 @@ def _evaluate(options: argparse.Namespace, words: list[str]) -> None:
     from paca.training import evaluate, of_adapter
     from paca.whole import write_text
 
+    _refuse_missing_folder(options.json)
     target = _first_word(words)
     if target is None:
         raise RecipeError("say what to evaluate: a folder with an adapter, or a recipe")
@@ -349,7 +350,10 @@ def _merge(options: argparse.Namespace, words: list[str]) -> None:
     if options.max_shard_size and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B", options.max_shard_size):
         raise RecipeError(f"--max-shard-size must be a size such as 500MB or 2GB; found {options.max_shard_size!r}")
     model, tokenizer = _adapted(words)
-    merge(model, tokenizer, target, options.max_shard_size, options.requantize)
+    try:
+        merge(model, tokenizer, target, options.max_shard_size, options.requantize)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     print(f"merged into {target}; transformers loads it without paca")
 
 
@@ -403,6 +407,7 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
     from paca.training import evaluate, of_adapter
     from paca.whole import write_text
 
+    _refuse_missing_folder(options.json)
     adapter = _first_word(words)
     if adapter is None:
         raise RecipeError("say which adapter to compress: a folder")
@@ -434,6 +439,7 @@ def _adapters(options: argparse.Namespace, words: list[str]) -> None:
 
     if options.plot is not None and options.plot.suffix != ".png":
         raise AdapterError(f"--plot must end in .png, found {options.plot}")
+    _refuse_missing_folder(options.plot, options.json)
     adapters = read_all(options.folders)
     print("\n".join(summary(adapters, options.layers)))
     if options.json:
@@ -479,6 +485,13 @@ def _adapted(words: list[str], with_adapter: bool = True) -> tuple[Any, Any]:
 def _first_word(words: list[str]) -> Path | None:
     """Take the path that stands before the keys, if one does."""
     return Path(words.pop(0)).expanduser() if words and not words[0].startswith("--") else None
+
+
+def _refuse_missing_folder(*files: Path | None) -> None:
+    """Say before work starts that a file cannot be written."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{file} cannot be written: there is no folder {file.parent}")
 
 
 def _users_errors() -> tuple[type[Exception], ...]:

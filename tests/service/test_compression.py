@@ -159,6 +159,11 @@ def test_what_cannot_be_compressed_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "is not empty" in capsys.readouterr().err
     assert main(["compress", str(tmp_path / "paca"), "--bits", "4", "--out", str(tmp_path / "x"), "--seed", "1"]) == 2
     assert "--seed is for --evaluate" in capsys.readouterr().err
+    report = str(tmp_path / "nowhere" / "report.json")
+    for words in (["compress", str(tmp_path / "paca"), "--bits", "4", "--out", str(tmp_path / "x")], ["adapters", "x"]):
+        assert main([*words, "--json", report]) == 2
+        assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["paca"]
 
 
 def test_the_command_reports_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,7 @@ def test_a_16_bit_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
     words = ["merge", str(tmp_path / "paca"), "--out", str(tmp_path / "merged"), "--dtype", "bfloat16"]
     words += ["--tokenizer_name_or_path", str(base), "--max-shard-size", "20KB"]
     assert main(words) == 0
+    assert main([*words[:3], str(tmp_path / "again"), *words[4:], "--requantize"]) == 2  # there is nothing to quantise
     shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     assert len(shards) > 2
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
