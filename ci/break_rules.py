@@ -34,6 +34,7 @@ JUDGING = "tests/parity/test_judging.py"
 QUANTISED = "tests/quantised/test_qpaca.py"
 SWITCH, BANK = "tests/service/test_switching.py", "tests/service/test_bank.py"
 ESTIMATE = "tests/estimate"
+REMEMBERED = "tests/freshness/test_remembered_adapters.py"
 BREAKS = [
     Break(
         "estimate: what was freed still counts",
@@ -578,6 +579,27 @@ BREAKS = [
         'path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")',
         "path",
         "tests/core/test_whole_files.py",
+    ),
+    Break(
+        "remembered adapters: another strength goes unseen",
+        "paca/remembered.py",
+        "if scaling.get(name) != adapter.scale:",
+        "if scaling.get(name) is None:",
+        REMEMBERED,
+    ),
+    Break(
+        "remembered adapters: another delta goes unseen",
+        "paca/remembered.py",
+        "deltas.get(name) is not adapter.delta or",
+        "",
+        REMEMBERED,
+    ),
+    Break(
+        "remembered adapters: other active ones go unseen",
+        "paca/remembered.py",
+        "if active != self._active and [active] != self._active:",
+        "if not active:",
+        REMEMBERED,
     ),
 ]
 

@@ -32,8 +32,8 @@ class Adapter:
 
     def key(self) -> tuple[object, ...]:
         """Change whenever torch can tell that a value changed."""
-        columns = len(self.index)
-        return self.name, self.delta.data_ptr(), version_of(self.delta), version_of(self.index), self.scale, columns
+        delta, index = self.delta, self.index
+        return self.name, delta.data_ptr(), version_of(delta), version_of(index), self.scale, index.shape[0]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -182,6 +182,12 @@ class AdaptedWeight:
         """The weight in its layer's own layout."""
         weight: Tensor = self.layer.weight  # type: ignore[assignment]
         return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, (out,)."""
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        return bias
 
     @property
     def matrix(self) -> Tensor:
@@ -351,7 +357,7 @@ class AdaptedWeight:
         base = self.pretrained_columns(adapter.index)
         with columns_in(self.matrix, adapter.index, base, adapter.delta, adapter.scale, self.ops) as weight:
             if torch.compiler.is_compiling():  # the columns are in a copy of the weight
-                return self.ops.forward(x, self.shaped(weight), self.layer.bias)  # type: ignore[arg-type]
+                return self.ops.forward(x, self.shaped(weight), self.bias)
             y: Tensor = self.layer(x)
         return y
 

@@ -22,6 +22,7 @@ from paca.fingerprint import mismatch
 from paca.linear import PacaLinear, backwards, columns_in
 from paca.permutation import ORDER
 from paca.quantised import QuantisedWeight, library_of
+from paca.remembered import Remembered
 from paca.schedule import Groups, Prefixes, Schedule
 from paca.select import checked_columns
 from paca.shared_input import SharedInput
@@ -85,6 +86,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         self._prefixes: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # an adapter's columns, and so many of them
         self._parts: dict[bytes, ColumnSet] = {}
         self.shared_input: SharedInput | None = None  # the layers that read what this one reads
+        self._remembered: Remembered | None = None
         self._disable_adapters = False
         freshness.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -180,17 +182,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         adapters = self.held_adapters()
         if not adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        adapted = self.adapted
         if not torch.compiler.is_compiling():
-            self.sync()
-        adapted, columns = self.adapted, self.adapted.columns
+            self._sync(adapters)
+        columns = adapted.columns
         if isinstance(adapted, QuantisedWeight):
             return adapted.forward(x, self._gathered, adapters, _compute_dtype(x))
         if columns is None:
             raise RuntimeError(
                 f"{self.name}: weight or adapter is on the meta device; load their values before running the model"
             )
-        bias = self.get_base_layer().bias
-        trains = any(adapter.delta.requires_grad for adapter in adapters)
+        bias = adapted.bias
+        trains = True in [adapter.delta.requires_grad for adapter in adapters]  # any() costs a generator
         if not (torch.is_grad_enabled() and (trains or x.requires_grad or (bias is not None and bias.requires_grad))):
             base = None if adapted.residency == "resident" else columns.base
             ops = adapted.step_ops(self.training)
@@ -207,14 +210,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: the base weight requires a gradient, but PaCA trains its columns through the adapter "
                 "only; freeze it (requires_grad_(False)), or train the module in full with modules_to_save"
             )
-        return self._forward_trained(x, x.to(_compute_dtype(x)), adapters, columns)
+        return self._forward_trained(x, x.to(_compute_dtype(x)), adapters, trains)
 
-    def _forward_trained(self, x: Tensor, cast_x: Tensor, adapters: list[Adapter], columns: Columns) -> Tensor:
-        """Apply the layer with a gradient to come; `cast_x` is `x` in the dtype of the GEMM."""
-        adapted, resident = self.adapted, self.adapted.residency == "resident"
-        trains = any(adapter.delta.requires_grad for adapter in adapters)
+    def _forward_trained(self, x: Tensor, cast_x: Tensor, adapters: Sequence[Adapter], trains: bool) -> Tensor:
+        """Apply the layer with a gradient to come, of a delta if it `trains`; `cast_x` is `x` in the GEMM's dtype."""
+        adapted, columns = self.adapted, self.adapted.columns
+        assert columns is not None
+        resident = adapted.residency == "resident"
         delta, scale = columns.combined(adapters)
-        if trains and (group := self._group(adapters)) is not None:
+        if trains and self.schedules and (group := self._group(adapters)) is not None:
             return self._forward_group(x, cast_x, group, adapters[0], columns)
         if self.shared_input is not None and (shared := self.shared_input.output(self, x, cast_x)) is not None:
             return shared
@@ -222,7 +226,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             cast_x,
             self._gathered(x, cast_x) if trains else None,
             adapted.matrix,
-            self.get_base_layer().bias,
+            adapted.bias,
             delta,
             columns.index,
             scale,
@@ -243,7 +247,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             cast_x,
             self._gathered(x, cast_x, part),
             self.adapted.matrix,
-            self.get_base_layer().bias,
+            self.adapted.bias,
             adapter.delta[:, group],
             part.index,
             adapter.scale,
@@ -325,8 +329,18 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ what the weight holds
 
-    def held_adapters(self) -> list[Adapter]:
+    def held_adapters(self) -> Sequence[Adapter]:
         """List the adapters whose columns the weight should hold."""
+        if torch.compiler.is_compiling():  # a graph guards what it read
+            return self._found_adapters()
+        if self._remembered is None or not self._remembered.serves(self):
+            adapters = self._found_adapters()
+            lasting = len(adapters) == len(self.active_adapters) and not (self.merged or self.schedules)
+            self._remembered = Remembered(adapters) if lasting else None
+            return adapters
+        return self._remembered.adapters
+
+    def _found_adapters(self) -> list[Adapter]:
         unmerged = [] if self.disable_adapters else self._live(self.active_adapters)
         names = self.merged_adapters or unmerged
         return [self._adapter(name) for name in names]
@@ -360,22 +374,26 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _live(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.paca_delta]
 
-    @torch.no_grad()
     def sync(self) -> None:
         """Make the weight hold what it should, writing only if something changed.
 
         Does nothing before values are loaded.
         """
-        adapters = self.held_adapters()
-        if not adapters:
-            self.adapted.restore()
-            self.adapted.columns = None
-        elif self.merged or not self.adapted.ready(adapters):
-            return  # `merge` has written; the load that brings the values will
-        elif self.adapted.residency != "resident":
-            self._plan(adapters)
-        elif not self.adapted.is_fresh(adapters, freshness.epoch()):
-            freshness.write([self])
+        self._sync(self.held_adapters())
+
+    def _sync(self, adapters: Sequence[Adapter]) -> None:
+        if adapters and self.adapted.is_fresh(adapters, freshness.epoch()):
+            return
+        with torch.no_grad():
+            if not adapters:
+                self.adapted.restore()
+                self.adapted.columns = None
+            elif self.merged or not self.adapted.ready(adapters):
+                return  # `merge` has written; the load that brings the values will
+            elif self.adapted.residency != "resident":
+                self._plan(adapters)
+            else:
+                freshness.write([self])
 
     def _plan(self, adapters: Sequence[Adapter]) -> None:
         """Keep the pretrained columns of these adapters.
@@ -608,6 +626,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._remembered = None
         freshness.watch(self)
 
     def extra_repr(self) -> str:

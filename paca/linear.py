@@ -12,7 +12,7 @@ around each GEMM (*swap*).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -176,17 +176,20 @@ def grad_bias(gy: Tensor) -> Tensor:
     return gy.reshape(-1, gy.shape[-1]).sum(0) if gy.numel() else gy.new_zeros(gy.shape[-1])
 
 
-@contextmanager
 def columns_in(
     weight: Tensor, index: Tensor | None, base: Tensor | None, delta: Tensor | None, scale: float, ops: Ops
-) -> Iterator[Tensor]:
+) -> AbstractContextManager[Tensor]:
     """Give the weight with its adapted columns.
 
     Where `base` is given they are put in for the block and taken out after it.
     """
     if base is None or index is None or delta is None:
-        yield weight
-        return
+        return nullcontext(weight)
+    return _swapped_in(weight, index, base, delta, scale, ops)
+
+
+@contextmanager
+def _swapped_in(weight: Tensor, index: Tensor, base: Tensor, delta: Tensor, scale: float, ops: Ops) -> Iterator[Tensor]:
     if torch.compiler.is_compiling():  # a graph may not write to its inputs and back: it gets an adapted copy
         yield weight.index_copy(1, index, adapted_columns(base, delta, scale))
         return

@@ -8,6 +8,7 @@ writing, checking, undoing, uniting and saving them is what `paca.columns` does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from paca.backend import Ops
-from paca.columns import AdaptedWeight, Adapter, Columns, is_sharded
+from paca.columns import AdaptedWeight, Adapter, is_sharded
 from paca.entries import best_entries, random_entries
 from paca.errors import StaleColumnsError
 from paca.layer import PacaLayer
@@ -159,16 +160,17 @@ class MaskedLinear(PacaLayer):
             return best_entries(self.adapted.pretrained_row().abs(), count)
         return random_entries(self.grid[1], count, seed, self.name)
 
-    def _forward_trained(self, x: Tensor, cast_x: Tensor, adapters: list[Adapter], columns: Columns) -> Tensor:
+    def _forward_trained(self, x: Tensor, cast_x: Tensor, adapters: Sequence[Adapter], trains: bool) -> Tensor:
         """Apply the layer with a gradient to come."""
-        adapted = self.adapted
+        adapted, columns = self.adapted, self.adapted.columns
         assert isinstance(adapted, MaskedWeight)
+        assert columns is not None
         resident = adapted.residency == "resident"
         delta, scale = columns.combined(adapters)
         y: Tensor = MaskedProduct.apply(  # type: ignore[no-untyped-call]
             cast_x,
             adapted.matrix,
-            self.get_base_layer().bias,
+            adapted.bias,
             delta,
             columns.index,
             scale,

@@ -97,7 +97,7 @@ class SharedInput:
             assert columns is not None
             delta, scale = columns.combined(layer.held_adapters())
             readers.append(Reader(layer.adapted.matrix, layer.adapted.held, scale, start, start + len(columns.index)))
-            tensors += [layer.get_base_layer().bias, delta]
+            tensors += [layer.adapted.bias, delta]
         ys = PacaLinears.apply(x, xs, readers, ops, *tensors)  # type: ignore[no-untyped-call]
         keys = [layer.adapted.held.key for layer in self.layers]
         return {id(layer): (key, y) for layer, key, y in zip(self.layers, keys, ys, strict=True)}
