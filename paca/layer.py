@@ -184,7 +184,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         adapted = self.adapted
         if not torch.compiler.is_compiling():
-            self._sync(adapters)
+            self.sync(adapters)
         columns = adapted.columns
         if isinstance(adapted, QuantisedWeight):
             return adapted.forward(x, self._gathered, adapters, _compute_dtype(x))
@@ -374,14 +374,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
     def _live(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.paca_delta]
 
-    def sync(self) -> None:
+    def sync(self, adapters: Sequence[Adapter] | None = None) -> None:
         """Make the weight hold what it should, writing only if something changed.
 
         Does nothing before values are loaded.
-        """
-        self._sync(self.held_adapters())
 
-    def _sync(self, adapters: Sequence[Adapter]) -> None:
+        Args:
+            adapters: `held_adapters()`, if the caller has them.
+        """
+        adapters = self.held_adapters() if adapters is None else adapters
         if adapters and self.adapted.is_fresh(adapters, freshness.epoch()):
             return
         with torch.no_grad():
