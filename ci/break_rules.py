@@ -601,6 +601,13 @@ BREAKS = [
         "if not active:",
         REMEMBERED,
     ),
+    Break(
+        "largest change: layers that read the same input are ranked alone",
+        "paca/largest_change.py",
+        "config.share_columns and",
+        "False and",
+        "tests/family/test_schedules.py::test_the_largest_changes_of_a_warm_up_are_trained",
+    ),
 ]
 
 
