@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import warnings
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ class Moved:
 
     mean: float  # of |re-quantised - trained|, over all their elements
     largest: float
-    of_update: float  # norm of that difference / norm of trained - pretrained; 1 means as much as was learnt
+    of_update: (
+        float  # norm of that difference / norm of trained - pretrained; 1: as much as was learnt; inf: nothing was
+    )
 
     @classmethod
     def measure(cls, pretrained: Tensor, trained: Tensor, requantised: Tensor) -> Moved:
         """Compare columns, each (out, r)."""
         difference = requantised.double() - trained.double()
-        update = (trained.double() - pretrained.double()).norm()
-        return cls(difference.abs().mean().item(), difference.abs().max().item(), (difference.norm() / update).item())
+        update = (trained.double() - pretrained.double()).norm().item()
+        share = difference.norm().item() / update if update else math.inf
+        return cls(difference.abs().mean().item(), difference.abs().max().item(), share)
 
 
 def requantised(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from contextlib import nullcontext
 
 import peft
@@ -407,6 +408,12 @@ def test_requantising_is_measured_and_warned_about(quantised, name):
     assert all(0 < layer.mean <= layer.largest and layer.of_update > 0 for layer in moved.values())
     assert all(library_of(merged.get_submodule(name)) is not None for name in names)
     assert merged.config.quantization_config is not None
+
+
+def test_requantising_an_untrained_adapter_moves_more_than_nothing(quantised):
+    with pytest.warns(UserWarning, match="by inf% "):
+        _, moved = paca.merge_requantised(adapted(quantised("nf4")))
+    assert {layer.of_update for layer in moved.values()} == {math.inf}
 
 
 def test_requantising_what_does_not_tell_its_settings_is_refused_before_anything_is_taken_apart(quantised):
