@@ -132,6 +132,8 @@ def read(folder: Path) -> Record:
         RecordError: if it is missing, damaged, of another schema, or holds what cannot be compared.
     """
     document = _document(folder)
+    if not (folder / _TENSORS).exists():
+        raise RecordError(f"{folder} holds a {_DOCUMENT} but no {_TENSORS}; copy both again")
     try:
         if _digest((folder / _TENSORS).read_bytes()) != document["sha256_of_tensors"]:
             raise RecordError(f"{folder / _TENSORS} is not the file that {_DOCUMENT} was written with; copy both again")
@@ -149,6 +151,8 @@ def read(folder: Path) -> Record:
 
 
 def _document(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise RecordError(f"{folder} is a file; name the folder that holds {_DOCUMENT} and {_TENSORS}")
     try:
         document = json.loads((folder / _DOCUMENT).read_text(encoding="utf-8"))
     except FileNotFoundError:
