@@ -9,10 +9,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 from paca.parity.cases import TIERS
 from paca.whole import write_text
 
+if TYPE_CHECKING:
+    from paca.parity.findings import Report
+
+INTERRUPTED = 130  # as shells count a process that Ctrl-C ended
 ABOUT = """\
 Prove that the devices of this machine compute what another machine did.
 
@@ -31,6 +36,7 @@ exit status:
   0  something was compared and nothing failed
   1  something failed, or there was nothing to compare
   2  the command, the record or a backend that was named cannot be used; the message says why
+  130  interrupted; what was compared until then is printed and written
 """
 
 
@@ -46,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             return int(options.run(options))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ArithmeticError, BackendUnavailableError, OSError, ValueError) as error:
         print(f"paca parity {options.command}: {error}", file=sys.stderr)
         return 2
@@ -93,7 +99,7 @@ def record_to(folder: Path, backend: str | None) -> int:
     """Make a record and verify it on the machine that made it.
 
     Returns:
-        0, or 1 if this machine does not compute what it recorded.
+        0, or 1 if this machine does not compute what it recorded, or 130 if it was interrupted in finding out.
     """
     from paca.parity.record import read, write
     from paca.parity.recording import make_record
@@ -103,9 +109,10 @@ def record_to(folder: Path, backend: str | None) -> int:
 
     if (folder / "parity.json").exists():
         raise FileExistsError(f"{folder} holds a record already; choose another folder, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_writable(folder / "parity.json")
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; name a folder, which need not exist")
     with use_backend(backend or get_backend().name) as chosen:
+        _check_writable(folder / "parity.json")
         made = make_record(chosen, say=_progress)
     write(made, folder)
     chosen_only = Selection(backends=[chosen.name], graphs=[chosen.graph_mode.value])
@@ -116,7 +123,7 @@ def record_to(folder: Path, backend: str | None) -> int:
         print(f"  {finding}")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{folder}: {size:.2f} MB; verify it elsewhere with: paca parity verify {folder.resolve().name}")
-    return 0 if report.passed else 1
+    return exit_status(report)
 
 
 def verify_here(
@@ -130,7 +137,7 @@ def verify_here(
     """Replay a record, the shipped one unless there is another, and print what was found.
 
     Returns:
-        0 if something was compared and nothing failed, else 1.
+        0 if something was compared and nothing failed, 130 if that was interrupted, else 1.
     """
     from paca.parity.page import page
     from paca.parity.record import REFERENCE, read
@@ -146,6 +153,13 @@ def verify_here(
         _write(as_json, json.dumps(report.as_json(), indent=1, allow_nan=False))
     if as_html is not None:
         _write(as_html, page(report))
+    return exit_status(report)
+
+
+def exit_status(report: Report) -> int:
+    """Return what `paca parity` exits with after a report."""
+    if report.interrupted:
+        return INTERRUPTED
     return 0 if report.passed else 1
 
 

@@ -64,12 +64,14 @@ class Report:
         record: the machine that made the record, as `record.environment` describes it.
         machines: this one, by backend.
         unavailable: why a backend was left out, by its name.
+        interrupted: whether the run ended before all was compared.
     """
 
     record: Mapping[str, str]
     machines: Mapping[str, Mapping[str, str]]
     unavailable: Mapping[str, str]
     findings: Sequence[Finding] = field(default_factory=tuple)
+    interrupted: bool = False
 
     @property
     def failed(self) -> list[Finding]:
@@ -78,9 +80,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether this machine computed something to compare, and nothing failed."""
+        """Whether this machine computed something to compare, nothing failed, and the run came to its end."""
         compared = any(f.backend in self.machines and f.status is not Status.SKIPPED for f in self.findings)
-        return compared and not self.failed
+        return compared and not self.failed and not self.interrupted
 
     def count(self, backend: str, status: Status) -> int:
         """Count the findings of a backend with a status."""
@@ -91,6 +93,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "passed": self.passed,
+            "interrupted": self.interrupted,
             "record": dict(self.record),
             "machines": {name: dict(machine) for name, machine in self.machines.items()},
             "unavailable": dict(self.unavailable),

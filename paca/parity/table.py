@@ -61,6 +61,8 @@ def summary(report: Report) -> Iterator[str]:
         yield f"{name}, {', '.join(map(name_of, kinds)) or 'nothing'}, compared with {of}: {counts or 'no case'}"
     for name, why in report.unavailable.items():
         yield f"{name}: not compared: {why}"
+    if report.interrupted:
+        yield "interrupted: the rest was not compared"
 
 
 def text(report: Report) -> str:

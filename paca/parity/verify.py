@@ -54,6 +54,9 @@ def verify(
         selection: what to compare.
         say: gets a line as each part begins.
 
+    Returns:
+        What was found; after Ctrl-C what was found until then, and that it is not all.
+
     Raises:
         ValueError: if a backend, tier or graph mode is not known.
         BackendUnavailableError: if a backend that was named cannot be used here.
@@ -72,22 +75,33 @@ def verify(
             backends[name] = f"of {', '.join(selection.graphs)} it has none; its graph modes: {', '.join(modes[name])}"
     usable = [name for name, why in backends.items() if why is None]
     findings: list[Finding] = []
-    say("the record itself")
-    findings += audit(record, selection)
-    for name in usable:
-        say(f"{name}: single operations")
-        for choice in coverage.operation_choices(name):
-            findings += operation_findings(record, choice, selection)
-        for configuration in coverage.configurations(name):
-            if not selection.graphs or configuration.graph in selection.graphs:
-                say(f"{name}: {configuration.strategy}, {configuration.graph}")
-                findings += configuration_findings(record, configuration, selection)
+    interrupted = False
+    try:
+        for finding in _all_findings(record, usable, selection, say):
+            findings.append(finding)
+    except KeyboardInterrupt:
+        interrupted = True
     machines = {}
     for name in usable:
         with registry.use_backend(name) as backend:
             machines[name] = environment(backend)
     unavailable = {name: why for name, why in backends.items() if why is not None}
-    return Report(record.made_by, machines, unavailable, tuple(findings))
+    return Report(record.made_by, machines, unavailable, tuple(findings), interrupted)
+
+
+def _all_findings(
+    record: Record, backends: Sequence[str], selection: Selection, say: Callable[[str], None]
+) -> Iterator[Finding]:
+    say("the record itself")
+    yield from audit(record, selection)
+    for name in backends:
+        say(f"{name}: single operations")
+        for choice in coverage.operation_choices(name):
+            yield from operation_findings(record, choice, selection)
+        for configuration in coverage.configurations(name):
+            if not selection.graphs or configuration.graph in selection.graphs:
+                say(f"{name}: {configuration.strategy}, {configuration.graph}")
+                yield from configuration_findings(record, configuration, selection)
 
 
 def audit(record: Record, selection: Selection) -> Iterator[Finding]:

@@ -103,7 +103,7 @@ def edit_a_tolerance(folder):
         (lambda folder: (folder / "parity.json").unlink(), "holds no parity.json"),
         (lambda folder: (folder / "parity.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "parity.json").write_text("[]"), "schema None"),
-        (lambda folder: (folder / "parity.safetensors").unlink(), "is damaged"),
+        (lambda folder: (folder / "parity.safetensors").unlink(), "holds a parity.json but no parity.safetensors"),
         (lambda folder: (folder / "parity.safetensors").write_bytes(b"x"), "is not the file that"),
         (edit_a_tolerance, "is not as it was written"),
     ],
@@ -256,7 +256,7 @@ def test_a_place_that_cannot_hold_a_record_is_found_before_one_is_made(tmp_path,
     monkeypatch.setattr(recording, "make_record", lambda *given, **named: pytest.fail("work was begun"))
     (tmp_path / "file").touch()
     assert main(["record", "--out", str(tmp_path / "file")]) == 2
-    assert "file" in capsys.readouterr().err
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_a_backend_without_the_graph_mode_that_was_asked_for_is_left_out(monkeypatch, capsys):
@@ -278,6 +278,33 @@ def test_the_report_of_a_failure_is_valid_json(tmp_path, monkeypatch):
     report = verify(record, Selection(backends=["cpu"], tiers=[BOUNDED], graphs=["eager"]))
     assert not report.passed
     assert '"infinite"' in json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_the_file_of_a_record_is_no_folder(copy, capsys):
+    assert main(["verify", str(copy / "parity.json")]) == 2
+    assert "parity.json is a file; name the folder that holds" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_record_leaves_no_folder(tmp_path, capsys):
+    assert main(["record", "--backend", "nowhere", "--out", str(tmp_path / "new")]) == 2
+    assert "there is no backend 'nowhere'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_was_compared_before_an_interruption_is_kept(tmp_path, capsys, monkeypatch):
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifying, "configuration_findings", interrupt)
+    words = ["verify", "--backend", "cpu", "--tier", "bitwise"]
+    assert main([*words, "--json", str(tmp_path / "a.json"), "--html", str(tmp_path / "a.html")]) == 130
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (report["interrupted"], report["passed"]) == (True, False)
+    assert {"the record", "cpu"} == {finding["backend"] for finding in report["findings"]}
+    assert "interrupted: the rest was not compared" in (tmp_path / "a.html").read_text()
+    printed = capsys.readouterr().out
+    assert "grad_columns" in printed
+    assert printed.endswith("interrupted: the rest was not compared\n")
 
 
 def test_a_machine_records_and_is_verified_by_another(tmp_path, monkeypatch, capsys):
