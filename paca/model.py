@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 import torch
@@ -442,14 +444,21 @@ class PacaModel(BaseTuner):
             combination_type: "linear" or "cat"; both mean the same sum here, because columns are disjoint or added.
 
         Raises:
-            ValueError: for an unknown adapter or type, or lists of different length.
+            ValueError: for an unknown adapter or type, a name no module can have, or weights that are not as many
+                finite numbers.
         """
         if adapter_name in self.peft_config:
             return
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(f"the new adapter needs a name without dots, found {adapter_name!r}")
+        if not adapters:
+            raise ValueError("a weighted sum needs at least one adapter, found none")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter {unknown[0]} does not exist; there are {', '.join(self.peft_config)}")
-        if len(adapters) != len(weights) or not adapters:
+        if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters need as many weights, found {len(weights)}")
+        if not all(isinstance(weight, Real | Tensor) and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights must be finite numbers, found {weights}")
         if combination_type not in ("linear", "cat"):
             raise ValueError(f"combination_type must be 'linear' or 'cat', found {combination_type!r}")
         if saved := [name for name in adapters if settings(self.peft_config[name]).modules_to_save]:

@@ -53,6 +53,27 @@ def test_forgetting_what_another_adapter_learnt_leaves_the_rest() -> None:
     torch.testing.assert_close(tiny.logits(model), wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("adapters", "weights", "name", "says"),
+    [
+        ([], [], "sum", "at least one adapter"),
+        (["default"], [1.0, 2.0], "sum", "1 adapters need as many weights, found 2"),
+        (["default"], [math.nan], "sum", r"finite numbers, found \[nan\]"),
+        (["default"], ["1"], "sum", r"finite numbers, found \['1'\]"),
+        (["default"], [1.0], "", "a name without dots, found ''"),
+        (["default"], [1.0], "v1.5", "a name without dots, found 'v1.5'"),
+    ],
+)
+def test_a_sum_that_cannot_be_is_refused_and_the_model_still_saves(
+    adapters: list[str], weights: list[Any], name: str, says: str, tmp_path: Path
+) -> None:
+    model = tiny.adapted(tiny.llama())
+    with pytest.raises(ValueError, match=says):
+        model.base_model.add_weighted_adapter(adapters, weights, name)
+    assert list(model.peft_config) == ["default"]
+    model.save_pretrained(tmp_path)
+
+
 columns = st.sets(st.integers(0, 7), min_size=1).map(sorted)
 
 
