@@ -48,8 +48,8 @@ examples:
 _EXPORT_EXAMPLES = """\
 examples:
   paca export runs/quickstart --to lora --out lora    a LoRA adapter for stock PEFT; nothing is lost
-  paca export runs/quickstart --to vllm --out lora    with one rank and one scale, as LoRA servers want it
-  paca export runs/quickstart --to llama.cpp --out lora    the same, for convert_lora_to_gguf.py
+  paca export runs/quickstart --to vllm --out served  with one rank and one scale, as LoRA servers want it
+  paca export runs/quickstart --to llama.cpp --out gguf    the same, for convert_lora_to_gguf.py
   paca export runs/prefix --to prefix --r 2 --out small    the first columns of an adapter trained by prefixes
 """
 _IMPORT_EXAMPLES = """\
@@ -304,7 +304,7 @@ def _evaluate(options: argparse.Namespace, words: list[str]) -> None:
     from paca.training import evaluate, of_adapter
     from paca.whole import write_text
 
-    _refuse_missing_folder(options.json)
+    _refuse_unwritable(options.json)
     target = _first_word(words)
     if target is None:
         raise RecipeError("say what to evaluate: a folder with an adapter, or a recipe")
@@ -380,15 +380,16 @@ def _export(options: argparse.Namespace, words: list[str]) -> None:
 def _serving(reader: str, out: Path) -> str:
     """Say what to do with an exported adapter."""
     import json
+    from shlex import quote
 
     if reader == "lora":
         return "PEFT loads it as LoRA, without paca"
     settings = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    base = settings["base_model_name_or_path"] or "BASE"
+    base, folder = quote(settings["base_model_name_or_path"] or "BASE"), quote(str(out))
     if reader == "llama.cpp":
-        return f"convert it with: python convert_lora_to_gguf.py --base {base} {out}"
+        return f"convert it with: python convert_lora_to_gguf.py --base {base} {folder}"
     fits = next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= settings["r"]), settings["r"])
-    return f"serve it with: vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules NAME={out}"
+    return f"serve it with: vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules NAME={folder}"
 
 
 def _import(options: argparse.Namespace, words: list[str]) -> None:
@@ -407,7 +408,7 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
     from paca.training import evaluate, of_adapter
     from paca.whole import write_text
 
-    _refuse_missing_folder(options.json)
+    _refuse_unwritable(options.json)
     adapter = _first_word(words)
     if adapter is None:
         raise RecipeError("say which adapter to compress: a folder")
@@ -439,7 +440,7 @@ def _adapters(options: argparse.Namespace, words: list[str]) -> None:
 
     if options.plot is not None and options.plot.suffix != ".png":
         raise AdapterError(f"--plot must end in .png, found {options.plot}")
-    _refuse_missing_folder(options.plot, options.json)
+    _refuse_unwritable(options.plot, options.json)
     adapters = read_all(options.folders)
     print("\n".join(summary(adapters, options.layers)))
     if options.json:
@@ -487,11 +488,13 @@ def _first_word(words: list[str]) -> Path | None:
     return Path(words.pop(0)).expanduser() if words and not words[0].startswith("--") else None
 
 
-def _refuse_missing_folder(*files: Path | None) -> None:
+def _refuse_unwritable(*files: Path | None) -> None:
     """Say before work starts that a file cannot be written."""
     for file in files:
         if file is not None and not file.absolute().parent.is_dir():
             raise FileNotFoundError(f"{file} cannot be written: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise IsADirectoryError(f"{file} cannot be written: it is a folder; name a file")
 
 
 def _users_errors() -> tuple[type[Exception], ...]:

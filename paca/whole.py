@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -43,8 +45,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.chmod(0o755)  # mkdtemp's folders are their owner's alone
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # which a full disk is to safetensors
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
 
 

@@ -137,6 +137,18 @@ def test_layers_of_one_kind_that_train_different_numbers_of_columns_take_one_lin
     assert line[:3] == ["down_proj", "2", "4…9/64"]
 
 
+@pytest.mark.parametrize("option", ["--plot", "--json"])
+def test_a_folder_in_place_of_the_file_is_refused_before_anything_is_shown(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "law")
+    (tmp_path / "folder.png").mkdir()
+    assert main(["adapters", str(tmp_path / "law"), option, str(tmp_path / "folder.png")]) == 2
+    shown = capsys.readouterr()
+    assert "folder.png cannot be written: it is a folder; name a file" in shown.err
+    assert not shown.out
+
+
 @pytest.mark.parametrize(
     "wrong", ["nothing there", "no settings", "cut settings", "wrong settings", "lora", "other model"]
 )

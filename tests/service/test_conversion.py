@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -86,6 +88,31 @@ def test_the_command_says_how_to_serve_it(tmp_path: Path, capsys: pytest.Capture
     assert "--enable-lora --max-lora-rank 16 " in capsys.readouterr().out
     assert main(["export", str(tmp_path / "paca"), "--to", "llama.cpp", "--out", str(tmp_path / "two")]) == 0
     assert "convert_lora_to_gguf.py --base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reader", ["vllm", "llama.cpp"])
+def test_the_command_that_is_shown_can_be_pasted_whatever_the_folder_is_called(
+    reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "paca")
+    out = str(tmp_path / "one's own")
+    assert main(["export", str(tmp_path / "paca"), "--to", reader, "--out", out]) == 0
+    assert shlex.split(capsys.readouterr().out.split("with: ")[1])[-1] in (out, f"NAME={out}")
+
+
+def test_a_disk_that_fills_up_is_said_in_a_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    saved(tmp_path / "paca")
+    monkeypatch.setattr("paca.saved.save_file", fill_up)
+    assert main(["export", str(tmp_path / "paca"), "--to", "lora", "--out", str(tmp_path / "lora")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'lora'} cannot be written: " in said
+    assert "No space left on device" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["paca"]
 
 
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not name a checkout of llama.cpp")
