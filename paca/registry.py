@@ -71,37 +71,45 @@ def use_backend(name: str, **strategies: str) -> Iterator[Backend]:
 
 def available_backends() -> dict[str, str | None]:
     """Return every known backend's name with the reason why this machine cannot use it, or None if it can."""
-    reasons: dict[str, str | None] = {}
-    for name in _known():
-        try:
-            reasons[name] = _load(name).why_unavailable()
-        except Exception as error:  # a broken third-party backend must not hide the others
-            reasons[name] = f"it cannot be imported: {error}"
-    return reasons
+    return {name: _why_unavailable(name) for name in _known()}
+
+
+def _why_unavailable(name: str) -> str | None:
+    try:
+        return _load(name).why_unavailable()
+    except Exception as error:  # a broken third-party backend must not hide the others
+        return f"it cannot be imported: {error}"
 
 
 def _known() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=GROUP)} | BUILT_IN
 
 
-def _load(name: str) -> type[Backend]:
+def _check_known(name: str) -> None:
     known = _known()
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no backend {name!r}.{hint} Known: {', '.join(sorted(known))}.")
-    module, _, attribute = known[name].partition(":")
+
+
+def _load(name: str) -> type[Backend]:
+    _check_known(name)
+    where = _known()[name]
+    module, _, attribute = where.partition(":")
     found = getattr(import_module(module), attribute)
     if not (isinstance(found, type) and issubclass(found, Backend)):
-        raise TypeError(f"backend {name!r}: {known[name]} is not a subclass of paca.backend.Backend")
+        raise TypeError(f"backend {name!r}: {where} is not a subclass of paca.backend.Backend")
+    if missing := sorted(found.__abstractmethods__):
+        raise TypeError(f"backend {name!r}: {where} does not define {', '.join(missing)}")
     return found
 
 
 def _make(name: str, **strategies: str) -> Backend:
-    backend = _load(name)
-    if (why := backend.why_unavailable()) is not None:
+    _check_known(name)
+    if (why := _why_unavailable(name)) is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot be used here: {why}")
-    return backend(**strategies)
+    return _load(name)(**strategies)
 
 
 def _detect() -> Backend:

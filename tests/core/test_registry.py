@@ -24,6 +24,7 @@ def third_party(monkeypatch):
         EntryPoint("asleep", "paca_dummy:AsleepBackend", registry.GROUP),
         EntryPoint("broken", "paca_does_not_exist:Backend", registry.GROUP),
         EntryPoint("impostor", "paca_dummy:Impostor", registry.GROUP),
+        EntryPoint("unfinished", "paca_dummy:UnfinishedBackend", registry.GROUP),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
     yield
@@ -63,6 +64,13 @@ def test_a_broken_plugin_does_not_hide_the_others(third_party):
     assert found["asleep"] == "it sleeps"
     assert "paca_does_not_exist" in found["broken"]
     assert "not a subclass" in found["impostor"]
+    assert "does not define capabilities, describe, device, memory, reset_peak_memory" in found["unfinished"]
+
+
+@pytest.mark.parametrize("name", ["broken", "impostor", "unfinished"])
+def test_a_broken_plugin_that_is_named_says_why_it_cannot_be_used(third_party, name):
+    with pytest.raises(paca.BackendUnavailableError, match=f"'{name}' cannot be used here: it cannot be imported: "):
+        paca.set_backend(name)
 
 
 def test_use_backend_ends_with_its_block_even_after_an_error(third_party):

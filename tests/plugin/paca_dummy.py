@@ -7,6 +7,15 @@ import torch
 from paca.backend import Backend, Capabilities, GraphMode, Memory
 
 
+class UnfinishedBackend(Backend):
+    name = "unfinished"
+    priority = 100
+
+    @classmethod
+    def why_unavailable(cls):
+        return None
+
+
 class DummyBackend(Backend):
     name = "dummy"
     priority = 1
