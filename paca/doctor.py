@@ -40,7 +40,7 @@ def graphs(path: Path | None, words: Sequence[str], steps: int, say: Callable[[s
         name = named.words[0] if named.words else named.value
         if name not in ("hpu", REHEARSAL) and given.pop("strategies", None) is not None:
             say(f"the strategies are left aside: they are those of the backend {name}")
-        given["backend"] = Given(REHEARSAL, "paca doctor")
+        given["backend"] = Given(REHEARSAL, f"the rehearsal, {REHEARSAL}")
     recipe = resolve(given)
     say(
         f"recording {steps} optimizer steps; logging, evaluation and saving are left out: each of them stops the device"

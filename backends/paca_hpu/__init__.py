@@ -158,6 +158,13 @@ class RehearsalBackend(HPUBackend):
     default_ops: ClassVar[Ops] = replace(HPUBackend.default_ops, end_graph=Ops().end_graph)
     compiler: ClassVar[str] = "aot_eager"
 
+    def __init__(self, **strategies: str) -> None:
+        if strategies.get("graph") == GraphMode.HPU_GRAPHS.value:
+            raise BackendUnavailableError(
+                "only a Gaudi records HPU graphs; on this machine graph='lazy' runs the operations that they would hold"
+            )
+        super().__init__(**strategies)
+
     @classmethod
     def why_unavailable(cls) -> str | None:
         """There always is a CPU."""

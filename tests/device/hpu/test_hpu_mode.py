@@ -144,3 +144,10 @@ def test_a_broken_installation_is_a_reason_and_no_crash(monkeypatch):
 def test_the_rehearsal_is_never_chosen_by_itself():
     assert paca.available_backends()["hpu-rehearsal"] is None
     assert paca.get_backend().name == "cpu"
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_the_rehearsal_names_the_mode_that_stands_in_for_hpu_graphs(monkeypatch, mode):
+    monkeypatch.setenv(bridge.MODE, mode)
+    with pytest.raises(paca.BackendUnavailableError, match=r"only a Gaudi records HPU graphs; .*graph='lazy'"):
+        paca.set_backend("hpu-rehearsal", graph="hpu_graphs")
