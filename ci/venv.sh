@@ -46,7 +46,7 @@ else
         "$venv_python" -m pip install -q ${torch_index:+--extra-index-url "$torch_index"} "$torch"
 fi
 
-if [ -n "$torch_index" ] && "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+if [ -n "$torch_index" ] && "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then
     echo "warning: $torch_index did not give its CPU build, so $venv has torch for CUDA, with gigabytes of libraries: see TORCH_INDEX in the Makefile" >&2
 fi
 
