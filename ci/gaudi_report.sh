@@ -9,9 +9,12 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath -m "${1:-.venv}")/bin
 backend=${2:-hpu}
-place=device steps=20 size=(--dtype bfloat16) train=(--bf16 true) bench=(--rounds 15)
+place=device steps=20 dtype=bfloat16 size=() train=(--bf16 true) bench=(--rounds 15) parity=('' '')
 if [ "$backend" != hpu ]; then
-    place='' steps=3 size=(--dtype float32) train=(--max_steps 2 --max_eval_samples 8 --prompts '[]') bench=(--rounds 2 --shape tiny)
+    # Two small layers with the quick start's tokenizer, one graph mode for each process, and no peaks: there is no device to ask for them.
+    place='' steps=3 dtype=float32 size=(--model_name_or_path runs/gaudi/tiny --max_length 32)
+    train=(--max_steps 2 --max_eval_samples 8 --prompts '[]') bench=(--rounds 2 --shape tiny --measure "time,bytes")
+    parity=('--graph=eager' '--graph=lazy')
 fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
@@ -28,17 +31,17 @@ part() {
 graph() {
     local mode=$1 graph=$2
     local recipe=(recipes/quickstart.yaml --backend "$backend" --strategies "{graph: $graph}" --attn_implementation eager
-        --packing true "${size[@]}")
+        --packing true --dtype "$dtype" "${size[@]}")
     part "$mode" paca doctor --graphs "${recipe[@]}" --steps "$steps"
     part "$mode" paca train "${recipe[@]}" "${train[@]}" --output_dir "runs/gaudi/$graph"
-    part "$mode" paca bench --backend "$backend" --graph whole --strategies "graph=$graph" "${size[@]}" "${bench[@]}" \
+    part "$mode" paca bench --backend "$backend" --graph whole --strategies "graph=$graph" --dtype "$dtype" "${bench[@]}" \
         --methods floor,paca-r8,paca-r64,lora-r8 --out "runs/gaudi/bench-$graph.json"
 }
 
 report() {
     part 0 paca env
     for mode in 0 1; do
-        part "$mode" paca parity verify --backend "$backend"
+        part "$mode" paca parity verify --backend "$backend" ${parity[mode]:+"${parity[mode]}"}
         part "$mode" pytest -q -rs --tb=short tests/device/hpu/test_emulated_device.py tests/device/hpu/test_hpu_strategies.py
     done
     graph 0 eager
@@ -48,6 +51,21 @@ report() {
     part 0 benchmarks.strategies --backend "$backend" "${bench[@]:0:2}" --out runs/gaudi/strategies.json
 }
 
+tiny() {
+    "$bin/python" - <<'END'
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from paca.quickstart import resolve
+
+source = resolve("quickstart:smollm2-135m")
+sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+config = AutoConfig.from_pretrained(source, num_hidden_layers=2, layer_types=None, **sizes)
+AutoModelForCausalLM.from_config(config).save_pretrained("runs/gaudi/tiny")
+AutoTokenizer.from_pretrained(source).save_pretrained("runs/gaudi/tiny")
+END
+}
+
 mkdir -p runs/gaudi
+if [ "$backend" != hpu ]; then tiny; fi
 report 2>&1 | tee gaudi-report.txt
 echo "attach gaudi-report.txt to an issue"
