@@ -106,7 +106,13 @@ class Given:
 
 
 # What the Trainer would do otherwise suits a library more than a person who waits for a command.
-DEFAULTS = {"report_to": "none", "logging_steps": 10, "logging_first_step": True, "label_names": ["labels"]}
+DEFAULTS = {
+    "report_to": "none",
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "label_names": ["labels"],
+    "remove_unused_columns": False,  # the collator takes what it needs; a model's forward may take **kwargs
+}
 ADAPTER_DEFAULTS = {"target_modules": "all-linear"}
 
 # Fields that are not a user's to set: they are derived, or have no effect here, or cannot be written down.

@@ -50,6 +50,29 @@ def trained(llama: Path, texts: Path, held_out: Path, tmp_path_factory: pytest.T
 # ---------------------------------------------------------------- training
 
 
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+
+
+class Own(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+"""
+
+
+def test_a_models_own_code_need_not_name_what_its_forward_takes(
+    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which transformers adds that folder
+    model = shutil.copytree(llama, tmp_path / "own_code")
+    (model / "own.py").write_text(OWN_CODE)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    words = ["--model_name_or_path", str(model), "--train_file", str(texts), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *words, "--max_steps", "1", "--trust_remote_code"]) == 0
+
+
 def test_training_lowers_the_held_out_loss_and_says_so(trained: Run) -> None:
     results = trained.results
     assert results["eval_loss"] < results["eval_before_loss"] - 0.5
