@@ -67,8 +67,8 @@ BREAKS = [
     Break(
         "rule 2, written once: every forward writes",
         "paca/layer.py",
-        "elif not self.adapted.is_fresh(adapters, freshness.epoch()):",
-        "else:",
+        "if adapters and self.adapted.is_fresh(adapters, freshness.epoch()):",
+        "if False:",
         f"{FRESH}::test_each_layer_is_written_exactly_once_a_step_and_never_in_forward",
     ),
     Break(
@@ -88,15 +88,15 @@ BREAKS = [
     Break(
         "rule 3, never stale: versions are not looked at",
         "paca/columns.py",
-        "self.delta.data_ptr(), version_of(self.delta), ",
-        "self.delta.data_ptr(), ",
+        "delta.data_ptr(), version_of(delta), ",
+        "delta.data_ptr(), ",
         f"{FRESH}::test_whatever_changes_a_delta_is_seen",
     ),
     Break(
         "rule 3, never stale: a change of scale is not seen",
         "paca/columns.py",
-        "version_of(self.index), self.scale",
-        "version_of(self.index)",
+        "version_of(index), self.scale",
+        "version_of(index)",
         f"{FRESH}::test_whatever_changes_a_delta_is_seen",
     ),
     Break(
@@ -464,8 +464,8 @@ BREAKS = [
     Break(
         "recorder: a copy to the host is seen only where it is an operation",
         "paca/graphs.py",
-        "        if func in _TO_HOST:\n",
-        "        if False:\n",
+        "if func in _TO_HOST or (",
+        "if (",
         "tests/device/hpu/test_hpu_graphs.py::test_a_planted_copy_to_the_host_is_found_where_the_cpu_runs_no_operation_for_it",
     ),
     Break(
