@@ -404,6 +404,7 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
     from dataclasses import asdict
 
     from paca.compressing import compress
+    from paca.pretrained import load_config
     from paca.recipe import RecipeError, read_words
     from paca.training import evaluate, of_adapter
     from paca.whole import write_text
@@ -415,6 +416,8 @@ def _compress(options: argparse.Namespace, words: list[str]) -> None:
     if words and not options.evaluate:
         raise RecipeError(f"{words[0]} is for --evaluate, which was not asked for")
     recipe = of_adapter(adapter, read_words(words)) if options.evaluate else None
+    if recipe is not None:
+        load_config(recipe.run)  # a base model that is gone is said before anything is written
     report = compress(adapter, options.out, options.bits)
     print("\n".join(report.lines()))
     print(f"compressed to {options.out}; PEFT loads it after `import paca`")

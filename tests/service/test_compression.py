@@ -125,6 +125,18 @@ def test_banks_and_exports_take_compressed_adapters(tmp_path: Path) -> None:
     assert main(["export", str(tmp_path / "small"), "--to", "lora", "--out", str(tmp_path / "lora")]) == 0
 
 
+def test_a_base_model_that_is_gone_is_said_before_a_copy_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.perturb(tiny.adapted(tiny.llama())).save_pretrained(tmp_path / "paca")
+    file, gone = tmp_path / "paca" / "adapter_config.json", str(tmp_path / "gone")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": gone}))
+    words = ["compress", str(tmp_path / "paca"), "--bits", "8", "--out", str(tmp_path / "small"), "--evaluate"]
+    assert main(words) == 2
+    assert f"model_name_or_path {gone}: there is no such folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["paca"]
+
+
 def test_another_base_model_is_refused_for_compressed_adapters_too(tmp_path: Path) -> None:
     tiny.perturb(tiny.adapted(tiny.llama())).save_pretrained(tmp_path / "paca")
     compress(tmp_path / "paca", tmp_path / "small", 1)
