@@ -308,7 +308,7 @@ def test_a_weighted_adapter_of_different_layers_and_ranks_covers_them_all(tmp_pa
     [
         ({"adapters": ["nobody"], "weights": [1.0]}, "Adapter nobody does not exist; there are default, other"),
         ({"adapters": ["default"], "weights": [1.0, 2.0]}, "1 adapters need as many weights, found 2"),
-        ({"adapters": [], "weights": []}, "0 adapters need as many weights, found 0"),
+        ({"adapters": [], "weights": []}, "at least one adapter, found none"),
         (
             {"adapters": ["default"], "weights": [1.0], "combination_type": "ties"},
             "must be 'linear' or 'cat', found 'ties'",
