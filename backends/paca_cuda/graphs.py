@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 logger = logging.getLogger("paca")
@@ -31,8 +33,13 @@ Record = Callable[[Callable[[], _Tensors]], tuple[_Tensors, Callable[[], _Tensor
 def record_cuda_graph(function: Callable[[], _Tensors]) -> tuple[_Tensors, Callable[[], _Tensors]]:
     """Capture a function as a CUDA graph, which writes to the same tensors each time; all share one pool of memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
-        outputs = function()
+    pool = _pool()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = function()
+    except Exception:
+        _abandon(pool)
+        raise
 
     def replay() -> _Tensors:
         graph.replay()
@@ -45,6 +52,17 @@ def _pool() -> Any:
     if not _pools:
         _pools.append(torch.cuda.graph_pool_handle())
     return _pools[0]
+
+
+def _abandon(pool: Any) -> None:
+    """Let the next capture have another pool.
+
+    After a capture that CUDA refused, torch's allocator still takes it to be going on: it would refuse another one into
+    the same pool, and hold back memory that other streams have used (torch 2.12: `capture_end` raises too early).
+    """
+    _pools.clear()
+    with suppress(AttributeError, RuntimeError):  # of a capture that ended as it should, nothing is going on
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 _pools: list[Any] = []
@@ -163,13 +181,18 @@ class GraphedModel(nn.Module):
         ]
         inputs = [leaf for leaf in static if isinstance(leaf, Tensor)]
         args, kwargs = pytree.tree_unflatten(static, spec)
-        sources = [*inputs, *trained]
+        # Gradients are taken of stand-ins in the parameters' memory. A loss of an earlier step that is still alive has
+        # the parameters' own accumulators, and autograd would make their stream, mostly the default one, wait for the
+        # captured one, which CUDA refuses.
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        stand_ins = {names[id(parameter)]: parameter.detach().requires_grad_() for parameter in trained}
+        sources = [*inputs, *stand_ins.values()]
         wanted = [source for source in sources if source.requires_grad]
         live: list[Tensor] = []
         found_spec: list[pytree.TreeSpec] = []
 
         def forward() -> _Tensors:
-            made, found_spec[:] = _flat(self.module(*args, **kwargs))
+            made, found_spec[:] = _flat(functional_call(self.module, stand_ins, args, kwargs))
             live[:] = [output for output in made if output.requires_grad]
             return [*made]
 

@@ -107,6 +107,58 @@ def test_gradients_that_are_kept_are_not_overwritten_by_the_next_step(place, mon
         assert torch.allclose(a + p.grad, b, rtol=1e-5, atol=1e-7)
 
 
+def accumulators_in(output):
+    """Return the tensors that a backward from an output would add gradients to."""
+    queue, seen, found = [output.grad_fn], set(), []
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [following for following, _ in node.next_functions]
+            found += [node.variable] if hasattr(node, "variable") else []
+    return found
+
+
+def test_a_capture_shares_no_accumulator_with_a_loss_that_is_still_alive(monkeypatch):
+    # CUDA refuses a capture in which autograd waits for the stream of an accumulator from before.
+    model = model_on(torch.device("cpu"), monkeypatch)
+    ids = tokens()
+    kept = [model(input_ids=ids, labels=ids).loss]
+    parameters = {id(parameter) for parameter in model.parameters()}
+    assert any(id(variable) in parameters for variable in accumulators_in(kept[0]))
+
+    def record(function):
+        outputs = function()
+        if len(recorded) == 0:
+            (loss,) = [output for output in outputs if output is not None and output.dim() == 0]
+            recorded.extend(accumulators_in(loss))
+        return outputs, lambda: outputs
+
+    recorded = []
+    run = GraphedModel(model, record)
+    for _ in range(WARM_UP + 1):
+        kept.append(run(input_ids=ids, labels=ids).loss)
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    assert {variable.data_ptr() for variable in recorded} == trained  # the same memory
+    assert not any(id(variable) in parameters for variable in recorded)
+
+
+def test_after_a_capture_that_failed_another_model_is_captured(gpu, monkeypatch):
+    class Reads(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y * float(y.detach().sum())
+
+    x = torch.randn(4, 8, device=gpu)
+    for module, captured in ((Reads(8, 8), False), (torch.nn.Linear(8, 8), True), (Reads(8, 8), False)):
+        run = GraphedModel(module.to(gpu))
+        for _ in range(WARM_UP + 2):
+            run(x).sum().backward()
+        assert bool(run._recordings) == captured
+        assert (run._eager is None) == captured
+    assert torch.randn(3, device=gpu).isfinite().all()  # the generator does not believe in a capture either
+
+
 def test_evaluation_runs_as_usual(place, monkeypatch):
     device, record = place
     model = model_on(device, monkeypatch)
