@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,14 +62,11 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@contextmanager
-def _on_device_of(tensor: Tensor) -> Iterator[None]:
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 # ---------------------------------------------------------------- gather
@@ -180,7 +177,15 @@ def mm_float32(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
 
 
 @_implement("grad_columns")
-def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tensor:
+def grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tensor:
+    """Return s·gyᵀ xs; (tokens, out), (tokens, r) -> (out, r), float32, or float64 of float64.
+
+    Args:
+        gy: dY.
+        xs: the picked channels of X.
+        scale: s.
+        only_triton: leave cuBLAS out of the candidates.
+    """
     tokens, n_out, r = len(gy), gy.shape[1], xs.shape[1]
     if not tokens or not n_out or not r:
         return gy.new_zeros(n_out, r, dtype=_grad_dtype(gy))
@@ -188,35 +193,72 @@ def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Te
         return mm_float32(gy, xs, scale)
     if xs.dtype != gy.dtype:
         xs = xs.to(gy.dtype)
-    tilings = names_of([*TILINGS, safe_tiling(r, gy.element_size())])
-    ways: dict[str, Tiling | None] = tilings if only_triton else {CUBLAS: None, **tilings}
-
-    def run(name: str) -> Tensor:
-        tiling = ways[name]
+    with _on_device_of(gy):
+        tiling = _tiling_for(gy, xs, scale, only_triton)
         return mm_float32(gy, xs, scale) if tiling is None else tiled_grad_columns(gy, xs, scale, tiling)
 
-    with _on_device_of(gy):
-        return run(_chosen_way(gy, xs, ways, run))
 
-
-def _chosen_way(gy: Tensor, xs: Tensor, ways: dict[str, Tiling | None], run: Callable[[str], Any]) -> str:
-    """Return the fastest way for this problem; the default one where nothing can be timed."""
-    untimed = str(safe_tiling(xs.shape[1], gy.element_size()))
+def _tiling_for(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tiling | None:
+    """Return the fastest tiling for this problem, or None for cuBLAS; the default one where nothing can be timed."""
     if not gy.is_cuda or torch.are_deterministic_algorithms_enabled():  # times differ from run to run
-        return untimed
-    contiguous = f"{'' if gy.is_contiguous() else ' strided'}"
-    problem = (
-        f"grad_columns {str(gy.dtype).removeprefix('torch.')} tokens≤{bucket(len(gy))} out={gy.shape[1]} "
-        f"r={xs.shape[1]}{contiguous} of {len(ways)}"
-    )
+        return safe_tiling(xs.shape[1], gy.element_size())
+    decided = _decided(gy.device.index)
+    problem = Problem(gy.dtype, bucket(len(gy)), gy.shape[1], xs.shape[1], gy.is_contiguous(), only_triton)
+    if problem in decided:  # a layer asks in every step, and finding the name of a problem takes longer than a launch
+        return decided[problem]
+    tiling, lasting = _choose_tiling(gy, xs, scale, problem)
+    if lasting:
+        decided[problem] = tiling
+    return tiling
+
+
+class Problem(NamedTuple):
+    """What the fastest tiling depends on."""
+
+    dtype: torch.dtype
+    tokens: int  # at most
+    n_out: int
+    r: int
+    contiguous: bool
+    only_triton: bool
+
+    def name(self, candidates: int) -> str:
+        """Return what the choice is kept under."""
+        return (
+            f"grad_columns {str(self.dtype).removeprefix('torch.')} tokens≤{self.tokens} out={self.n_out} "
+            f"r={self.r}{'' if self.contiguous else ' strided'} of {candidates}"
+        )
+
+
+def _choose_tiling(gy: Tensor, xs: Tensor, scale: float, problem: Problem) -> tuple[Tiling | None, bool]:
+    """Return the fastest tiling, measured if that is not known, and whether to ask no more in this process."""
+    safe = safe_tiling(problem.r, gy.element_size())
+    tilings = names_of([*TILINGS, safe])
+    ways: dict[str, Tiling | None] = tilings if problem.only_triton else {CUBLAS: None, **tilings}
     tuner = _tuner(gy.device.index)
+    known = tuner.known(problem.name(len(ways)))
+    if known in ways:
+        return ways[known], True
     if torch.cuda.is_current_stream_capturing():
-        known = tuner.known(problem)
-        return known if known in ways else untimed
+        return safe, False
+
+    def run(tiling: Tiling | None) -> Tensor:
+        return mm_float32(gy, xs, scale) if tiling is None else tiled_grad_columns(gy, xs, scale, tiling)
+
+    candidates = {name: lambda tiling=tiling: run(tiling) for name, tiling in ways.items()}
     try:
-        return tuner.choose(problem, {name: lambda name=name: run(name) for name in ways})  # type: ignore[misc]
-    except torch.OutOfMemoryError:  # measuring takes memory of its own; a later call may find it
-        return untimed
+        return ways[tuner.choose(problem.name(len(ways)), candidates)], True
+    except torch.OutOfMemoryError:
+        # Measuring takes memory of its own. Asked again in each step it would run out in each, and every time the
+        # allocator gives back all that it holds. A batch of half the size is the nearest that may have been measured.
+        near = tuner.known(problem._replace(tokens=problem.tokens // 2).name(len(ways)))
+        return ways.get(near or "", safe), True
+
+
+@lru_cache
+def _decided(device: int) -> dict[Problem, Tiling | None]:
+    """Return what this process has decided for a device: a tiling, or None for cuBLAS."""
+    return {}
 
 
 @lru_cache

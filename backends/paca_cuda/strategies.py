@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from paca.strategies import ColumnSwitch, ColumnWrite, write_index_copy
-from paca_cuda.ops import mm_float32
+from paca_cuda.ops import grad_columns, mm_float32
 
 
 def gather_triton(x: Tensor, index: Tensor) -> Tensor:
@@ -23,12 +23,24 @@ def grad_columns_cublas(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
 
 def grad_columns_triton(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
     """Return s·dYᵀ Xs from the Triton kernel, its tiling tuned to the shape; float64 and r > 256 go to cuBLAS."""
-    return torch.ops.paca.grad_columns(_tokens(gy), _tokens(xs), scale, True)  # type: ignore[no-any-return]
+    return _grad_columns(gy, xs, scale, only_triton=True)
 
 
 def grad_columns_tuned(gy: Tensor, xs: Tensor, scale: float = 1.0) -> Tensor:
     """Return s·dYᵀ Xs from the fastest of cuBLAS and the Triton kernel's tilings, measured once a shape and device."""
-    return torch.ops.paca.grad_columns(_tokens(gy), _tokens(xs), scale, False)  # type: ignore[no-any-return]
+    return _grad_columns(gy, xs, scale, only_triton=False)
+
+
+def _grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tensor:
+    """Call the kernel as an operator, or, in a backward that nothing records, as the function that it is.
+
+    Going through an operator written in Python takes the host about as long as all else that a layer does in backward.
+    """
+    gy, xs = _tokens(gy), _tokens(xs)
+    if type(gy) is Tensor and gy.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        made: Tensor = grad_columns(gy, xs, scale, only_triton)
+        return made
+    return torch.ops.paca.grad_columns(gy, xs, scale, only_triton)  # type: ignore[no-any-return]
 
 
 def switch_multi_tensor(switches: Sequence[ColumnSwitch]) -> None:

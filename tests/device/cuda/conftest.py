@@ -44,4 +44,5 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PACA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     ops._tuner.cache_clear()
+    ops._decided.cache_clear()
     ops._tables.clear()

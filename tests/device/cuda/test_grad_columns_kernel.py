@@ -130,19 +130,70 @@ def test_the_largest_ranks_are_within_the_bound(device, r):
     assert_within_bound(tiled_grad_columns(gy, xs, 1.0, safe_tiling(r, 4)), gy, xs, 1.0)
 
 
-def test_where_there_is_no_memory_to_measure_in_nothing_is_measured(monkeypatch):
-    """Timing takes a quarter of a gigabyte, which a model at the limit does not leave."""
+class Tuned:
+    """Stands in for the tuner of a device."""
 
-    class Full:
-        def choose(self, problem, candidates):
+    def __init__(self, fails=False, **known):
+        self.asked, self.fails, self.found = 0, fails, known
+
+    def known(self, problem):
+        (tokens,) = [word for word in problem.split() if word.startswith("tokens")]
+        return self.found.get(tokens.replace("≤", "_"))
+
+    def choose(self, problem, candidates):
+        self.asked += 1
+        if self.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return "cublas" if "cublas" in candidates else str(TILINGS[1])
 
-    gy = torch.empty(64, 64, device="meta")
-    monkeypatch.setattr(type(gy), "is_cuda", True, raising=False)
-    monkeypatch.setattr(ops, "_tuner", lambda device: Full())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    ways = ops.names_of(TILINGS)
-    assert ops._chosen_way(gy, torch.empty(64, 8, device="meta"), ways, None) == str(DEFAULT_TILING)
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Let tensors of the CPU pass for those of a device, whose tuner is a stand-in."""
+
+    def pretend(tuner):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(ops, "_tuner", lambda device: tuner)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: tuner.capturing)
+        tuner.capturing = False
+        return tuner
+
+    return pretend
+
+
+def test_each_problem_is_decided_once_in_a_process(tuned):
+    tuner, gy, xs = tuned(Tuned()), torch.empty(64, 48), torch.empty(64, 8)
+    for _ in range(3):
+        assert ops._tiling_for(gy, xs, 1.0, False) is None  # cuBLAS
+        assert ops._tiling_for(gy, xs, 1.0, True) == TILINGS[1]
+    assert tuner.asked == 2
+    for other in (torch.empty(65, 48), torch.empty(64, 40), torch.empty(48, 64).t(), torch.empty(64, 48).bfloat16()):
+        ops._tiling_for(other, xs, 1.0, False)
+    assert tuner.asked == 6
+
+
+def test_what_a_capture_meets_first_is_not_decided_there(tuned):
+    tuner, gy, xs = tuned(Tuned()), torch.empty(64, 48), torch.empty(64, 8)
+    tuner.capturing = True
+    assert ops._tiling_for(gy, xs, 1.0, False) == DEFAULT_TILING
+    assert tuner.asked == 0
+    tuner.capturing = False
+    assert ops._tiling_for(gy, xs, 1.0, False) is None
+
+
+def test_where_there_is_no_memory_to_measure_in_it_is_tried_once(tuned):
+    """Timing takes a quarter of a gigabyte, which a model at the limit does not leave."""
+    gy, xs = torch.empty(64, 48), torch.empty(64, 8)
+    tuner = tuned(Tuned(fails=True))
+    for _ in range(3):
+        assert ops._tiling_for(gy, xs, 1.0, False) == DEFAULT_TILING
+    assert tuner.asked == 1
+
+
+def test_without_memory_to_measure_in_half_the_batch_shows_what_is_fast(tuned):
+    gy, xs = torch.empty(64, 48), torch.empty(64, 8)
+    tuned(Tuned(fails=True, tokens_32=str(TILINGS[3])))
+    assert ops._tiling_for(gy, xs, 1.0, False) == TILINGS[3]
 
 
 def test_tf32_follows_either_of_torchs_settings():
