@@ -98,7 +98,8 @@ def grad_columns_kernel(
     if SPLIT == 1:
         tl.store(grad + place, total * scale, mask=mask)
     else:
-        size = n_out.to(tl.int64) * r
+        # Triton passes an n_out of 1 as a constant, which has no methods.
+        size = tl.full((), r, tl.int64) * n_out
         tl.store(partial + part * size + place, total, mask=mask, cache_modifier=".cg")
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1:

@@ -65,6 +65,27 @@ def test_grad_columns_reads_sixteen_bytes_at_a_time_while_it_computes(capability
     assert "atom.global.gpu.acq_rel" in ptx
 
 
+@pytest.mark.parametrize("one", ["n_out", "tokens", "gy_token_stride", "r"])
+def test_grad_columns_compiles_for_a_size_of_one(one):
+    """Triton makes a constant of an argument that is 1: of the width of a regression head, for example."""
+    types = {
+        **{"gy": "*bf16", "xs": "*bf16", "grad": "*fp32", "partial": "*fp32", "arrived": "*i32"},
+        **{"scale": "fp32", "tokens": "i32", "n_out": "i32", "gy_token_stride": "i32"},
+    }
+    constants = {
+        **{"gy_out_stride": 1, "xs_channel_stride": 1, "r": 8, "xs_token_stride": 8, "R": 16},
+        **{"BLOCK_OUT": 64, "BLOCK_TOKENS": 32, "SPLIT": 4, "PRECISION": "ieee", "WIDEN": False, one: 1},
+    }
+    assert compiled(kernels.grad_columns_kernel, 90, types, constants, num_warps=4, num_stages=2).asm["cubin"]
+
+
+@pytest.mark.parametrize("one", ["tokens", "r", "x_token_stride"])
+def test_gather_compiles_for_a_size_of_one(one):
+    types = {"x": "*bf16", "index": "*i64", "out": "*bf16", "tokens": "i32", "r": "i32", "x_token_stride": "i32"}
+    constants = {"x_channel_stride": 1, "BLOCK_TOKENS": 128, "BLOCK_CHANNELS": 8, one: 1}
+    assert compiled(kernels.gather_kernel, 90, types, constants).asm["cubin"]
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
 def test_the_largest_rank_fits_the_smallest_shared_memory(dtype, size):
     from paca_cuda.ops import LARGEST_RANK, SHARED_BYTES, safe_tiling
