@@ -57,10 +57,14 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, bas
 
 
 def batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the embeddings, which require a gradient, and the output's gradient; both (batch, tokens, hidden)."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return the embeddings, which require a gradient, and the output's gradient; both (batch, tokens, hidden).
+
+    Drawn on the device: a CPU draws a hundred million numbers a second, and the search for what fits asks for billions.
+    """
     size = (shape.batch, shape.tokens, shape.hidden)
-    x, gy = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        x, gy = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
     return x.requires_grad_(), gy
 
 
