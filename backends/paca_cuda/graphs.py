@@ -121,6 +121,9 @@ class GraphedModel(nn.Module):
     Args:
         module: the model.
         record: captures a function; a CUDA graph by default.
+
+    Attributes:
+        why_eager: why nothing is captured any more; None while that is not so.
     """
 
     def __init__(self, module: nn.Module, record: Record = record_cuda_graph) -> None:
@@ -129,7 +132,7 @@ class GraphedModel(nn.Module):
         self._record = record
         self._seen: dict[object, int] = {}
         self._recordings: dict[object, _Recording] = {}
-        self._eager: str | None = None  # why nothing is captured any more
+        self.why_eager: str | None = None  # why nothing is captured any more
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -139,7 +142,7 @@ class GraphedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, from a graph where there is one for these shapes."""
-        if not (self.training and torch.is_grad_enabled()) or self._eager:
+        if not (self.training and torch.is_grad_enabled()) or self.why_eager:
             return self.module(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -169,7 +172,7 @@ class GraphedModel(nn.Module):
         return False
 
     def _give_up(self, why: str) -> None:
-        self._eager = why
+        self.why_eager = why
         self._recordings.clear()
         logger.warning("paca: graph='cuda_graph' is off for this model: %s. It runs eagerly from here on.", why)
 

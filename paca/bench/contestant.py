@@ -19,6 +19,9 @@ from paca.bench.result import Sample, Seconds
 from paca.bench.setting import PLAIN, Setting
 from paca.bench.shapes import Shape
 
+# Enough for any backend to have its graphs: they are captured after some ordinary steps.
+STEPS_TO_CAPTURE = 5
+
 
 class Contestant:
     """A model that is ready to train.
@@ -63,6 +66,19 @@ class Contestant:
     def forward(self) -> Tensor:
         """Return the output, (batch, tokens, hidden)."""
         return stack.run(self.run, self.x)
+
+    def settle(self) -> None:
+        """Train until a model that is to be replayed from graphs is.
+
+        Raises:
+            RuntimeError: if it is not: what it then runs as would be measured under a wrong name.
+        """
+        if self.run is self.model:
+            return
+        for _ in range(STEPS_TO_CAPTURE):
+            self.step()
+        if (why := getattr(self.run, "why_eager", None)) is not None:
+            raise RuntimeError(f"it is not replayed from graphs: {why}")
 
     def step(self) -> Sample:
         """Train one step and time it.

@@ -59,6 +59,18 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             bar.set_postfix_str(what, refresh=False)
             bar.update()
 
+        def leave_out(name: str, error: Exception, what: str = "") -> None:
+            """Go on without a method, or without one of its figures; the floor's are what all others are held to."""
+            if not options.keep_going or name == FLOOR:
+                raise error
+            why = f"{what}{type(error).__name__}: {error}".strip().splitlines()
+            line = why[0] if len(why) == 1 else f"{why[0]} {why[-1]}"  # a process's output ends with its error
+            print(f"paca bench: {name} is left out: {line}", file=sys.stderr)
+            result.settings.setdefault("left_out", {})[name] = line
+            if not what:
+                del methods[name]
+                result.methods.pop(name, None)
+
         floor_output = None
         for name, method in list(methods.items()):
             progress(f"build {name}")
@@ -75,41 +87,38 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                     made.deviation = deviation(name, output, floor_output)
                 if "bytes" in options.measure:
                     made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
+                if timed:
+                    contestant.settle()
             except Exception as error:
-                if not options.keep_going or name == FLOOR:
-                    raise
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"paca bench: {name} is left out: {why}", file=sys.stderr)
-                result.settings.setdefault("left_out", {})[name] = why
-                del methods[name]
+                leave_out(name, error)
                 continue
             result.methods[name] = made
             if timed:
                 contestants[name] = contestant
             del contestant  # before the next one is made: two may not fit
         if timed:
-            time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save)
+            time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save, leave_out)
         contestants.clear()
         for name in methods if peaks else ():
             progress(f"memory of {name}")
-            result.methods[name].peak = measure_peak(
-                name, options.shape, options.dtype, backend.name, options.threads, options.seed, options.setting
-            )
+            try:
+                result.methods[name].peak = measure_peak(
+                    name, options.shape, options.dtype, backend.name, options.threads, options.seed, options.setting
+                )
+            except RuntimeError as error:
+                leave_out(name, error, "memory: ")
             save(result)
         for name in methods if limits else ():
             for cap in options.caps:
                 progress(f"limits of {name} in {cap} GB")
-                result.methods[name].limits.append(
-                    measure_limit(
-                        name,
-                        options.shape,
-                        options.dtype,
-                        backend.name,
-                        options.seed,
-                        options.setting,
-                        round(cap * 1e9),
+                size = round(cap * 1e9)
+                try:
+                    limit = measure_limit(
+                        name, options.shape, options.dtype, backend.name, options.seed, options.setting, size
                     )
-                )
+                    result.methods[name].limits.append(limit)
+                except RuntimeError as error:
+                    leave_out(name, error, f"limits in {cap} GB: ")
                 save(result)
     return result
 

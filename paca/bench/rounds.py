@@ -19,6 +19,7 @@ def time_rounds(
     seed: int,
     progress: Callable[[str], None],
     save: Callable[[Result], None],
+    leave_out: Callable[[str, Exception], None],
 ) -> None:
     """Let every contestant train one step a round and add a sample, and each round's load average, to the result.
 
@@ -33,6 +34,7 @@ def time_rounds(
         seed: of the order.
         progress: is told the name of each contestant before its step.
         save: is given the result after each round that counts.
+        leave_out: is told of a contestant whose step failed, and raises the error if the others are not to go on.
     """
     order = random.Random(seed)
     names = list(contestants)
@@ -43,9 +45,15 @@ def time_rounds(
             gc.collect()
             order.shuffle(names)
             load = round(os.getloadavg()[0], 2)
-            for name in names:
+            for name in list(names):
                 progress(name)
-                sample = contestants[name].step()
+                try:
+                    sample = contestants[name].step()
+                except Exception as error:
+                    leave_out(name, error)
+                    names.remove(name)
+                    del contestants[name]
+                    continue
                 if number >= 0:
                     result.methods[name].samples.append(sample)
             if number >= 0:

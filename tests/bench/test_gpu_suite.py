@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from paca.bench.contestant import Contestant
 from paca.bench.limits import PRECISION, largest_that_fits, search
 from paca.bench.methods import parse_methods
 from paca.bench.report import tables
-from paca.bench.result import read
+from paca.bench.result import Limit, Peak, Result, Sample, read
 from paca.bench.setting import Setting
 from paca.bench.shapes import SHAPES, Shape
 from paca.bench.upstream import UpstreamLinear
@@ -261,6 +262,71 @@ def test_a_method_that_fails_is_left_out_and_named(
     assert list(read(out).methods) == ["floor", "full"]
     assert read(out).settings["left_out"] == {"paca-r8": "NotImplementedError: no kernel for this device"}
     assert "paca bench: paca-r8 is left out: NotImplementedError: no kernel" in capsys.readouterr().err
+
+
+def run_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    out = tmp_path / "some.json"
+    common = ["--shape=tiny", "--backend=cpu", "--malloc=default", "--no-plot", "--keep-going", f"--out={out}"]
+    assert main([*common, *arguments]) == 0
+    return read(out)
+
+
+def test_a_method_whose_steps_fail_later_costs_no_other_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Contestant.step
+
+    def sometimes(made: Contestant) -> Sample:
+        made.steps = getattr(made, "steps", 0) + 1  # type: ignore[attr-defined]
+        if made.steps == 3 and made.model.__class__.__name__ == "PeftModel":  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(made)
+
+    monkeypatch.setattr(Contestant, "step", sometimes)
+    found = run_tiny(tmp_path, monkeypatch, "--methods=paca-r8,full", "--measure=time", "--rounds=4", "--warmup=1")
+    assert {name: len(method.samples) for name, method in found.methods.items()} == {"floor": 4, "full": 4}
+    assert found.settings["left_out"] == {"paca-r8": "OutOfMemoryError: CUDA out of memory"}
+
+
+def test_memory_that_cannot_be_measured_leaves_the_other_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(found: object) -> Callable[..., object]:
+        def measure(name: str, *_: object) -> object:
+            if name != "floor":
+                raise RuntimeError(f"the process failed:\nTraceback\nOutOfMemoryError: {name}")
+            return found
+
+        return measure
+
+    monkeypatch.setattr("paca.bench.measure.measure_peak", measured(Peak(1, 2)))
+    monkeypatch.setattr("paca.bench.measure.measure_limit", measured(Limit(10**9, 64, 1, 1.0)))
+    what = "--measure=time,peak,limits"
+    found = run_tiny(tmp_path, monkeypatch, "--methods=paca-r8", what, "--rounds=1", "--caps=1")
+    assert len(found.methods["paca-r8"].samples) == 1
+    assert found.methods["paca-r8"].peak is None
+    assert found.methods["floor"].peak == Peak(1, 2)
+    assert found.settings["left_out"]["paca-r8"].endswith("RuntimeError: the process failed: OutOfMemoryError: paca-r8")
+    assert tables(found)
+
+
+def test_what_runs_eagerly_is_not_measured_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Captured(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+            refused = "it cannot be captured" if module.__class__.__name__ == "PeftModel" else None
+            self.why_eager = refused
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return self.module(*args, **kwargs)
+
+    monkeypatch.setattr(type(paca.get_backend()), "capture", lambda _, module: Captured(module))
+    found = run_tiny(tmp_path, monkeypatch, "--methods=paca-r8", "--measure=time", "--rounds=1", "--graph=whole")
+    assert list(found.methods) == ["floor"]
+    assert "not replayed from graphs: it cannot be captured" in found.settings["left_out"]["paca-r8"]
 
 
 @pytest.mark.slow
