@@ -6,7 +6,8 @@ import argparse
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not options.takes_keys:
         parser.error(f"paca {options.command} does not know {' '.join(rest)}; see paca {options.command} --help")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _plain_warnings():
             # PEFT 0.21 asks a model by the name that transformers 5 renamed.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             options.run(options, rest)
@@ -135,6 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"paca {options.command}: {_message(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings without the line of code that gave them, which tells who runs a command nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:

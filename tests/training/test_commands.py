@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,21 @@ def test_the_merged_model_computes_what_the_adapted_one_does(trained: Run, tmp_p
     assert torch.equal(merged(input_ids=ids).logits, adapted(input_ids=ids).logits)
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}  # no half-written folder beside it
     assert main(["merge", str(trained.folder), "--out", str(tmp_path / "merged")]) == 2
+
+
+def test_a_commands_warnings_are_shown_without_lines_of_code(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    def merge(*_: object) -> None:
+        shown.append(warnings.formatwarning("columns were moved", UserWarning, "requantise.py", 103, line="warn("))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("paca.merging.merge", merge)
+    before = warnings.formatwarning
+    assert main(["merge", str(trained.folder), "--out", str(tmp_path / "merged")]) == 0
+    assert shown == ["warning: columns were moved\n"]
+    assert warnings.formatwarning is before
 
 
 def test_export_writes_a_lora_adapter(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
