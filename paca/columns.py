@@ -91,14 +91,12 @@ class ColumnSet:
 
     def covers(self, adapters: Sequence[Adapter], weight: Tensor) -> bool:
         """Whether this plan still serves: the same columns of the same adapters on the same device."""
-        return (
-            self.index.device == weight.device
-            and len(adapters) == len(self._made_of)
-            and all(
-                adapter.name == name and adapter.index is index and version_of(index) == version
-                for adapter, (name, index, version) in zip(adapters, self._made_of, strict=True)
-            )
-        )
+        if self.index.device != weight.device or len(adapters) != len(self._made_of):
+            return False
+        for adapter, (name, index, version) in zip(adapters, self._made_of, strict=True):
+            if adapter.name != name or adapter.index is not index or version_of(index) != version:
+                return False
+        return True
 
     def has(self, index: Tensor) -> bool:
         """Whether these are the columns of `index`, on the same device."""
@@ -223,8 +221,9 @@ class AdaptedWeight:
 
     def ready(self, adapters: Sequence[Adapter]) -> bool:
         """Whether all values are there: tensors wait on the meta device until they are loaded."""
-        tensors = [self.parameter, *(a.delta for a in adapters), *(a.index for a in adapters)]
-        return not any(tensor.is_meta for tensor in tensors)
+        if self.parameter.is_meta:
+            return False
+        return not any([adapter.delta.is_meta or adapter.index.is_meta for adapter in adapters])
 
     # ------------------------------------------------------------------ write
 
@@ -247,13 +246,13 @@ class AdaptedWeight:
 
     def plan(self, adapters: Sequence[Adapter]) -> None:
         """Keep the pretrained columns of these adapters, unless that is done already."""
-        self.look_at_weight()
-        if is_sharded(self.parameter):
+        weight = self.look_at_weight()
+        if is_sharded(weight):
             return  # the next forward sees the whole weight
-        self._refuse_second_holder()
-        if self.columns is not None and self.columns.base.dtype != self.parameter.dtype:
-            self.columns.base = self.columns.base.to(self.parameter.dtype)  # the layer alone was cast
-        if self.columns is None or not self.columns.covers(adapters, self.parameter):
+        self._refuse_second_holder(weight)
+        if self.columns is not None and self.columns.base.dtype != weight.dtype:
+            self.columns.base = self.columns.base.to(weight.dtype)  # the layer alone was cast
+        if self.columns is None or not self.columns.covers(adapters, weight):
             self._turn_to(adapters)
 
     def _turn_to(self, adapters: Sequence[Adapter]) -> None:
@@ -302,15 +301,15 @@ class AdaptedWeight:
     def _key(self, adapters: Sequence[Adapter]) -> object:
         """Say what the weight would hold if it were written now: equal keys mean equal contents."""
         weight = self.parameter
-        return self.changes, weight.data_ptr(), weight.dtype, *(adapter.key() for adapter in adapters)
+        return self.changes, weight.data_ptr(), weight.dtype, *[adapter.key() for adapter in adapters]
 
-    def _refuse_second_holder(self) -> None:
+    def _refuse_second_holder(self, weight: Tensor) -> None:
         """Keep two layers from writing one memory: each would take the other's columns for pretrained ones.
 
         Raises:
             ValueError: naming both; ties that are there when adapters are made are found then, and swap.
         """
-        address = self.parameter.data_ptr()
+        address = weight.data_ptr()
         other = _holders.get(address)
         if other is None or other is self or not address or self.residency == "swap":
             return
@@ -321,9 +320,11 @@ class AdaptedWeight:
                 "copy, or make the adapters with residency='swap'"
             )
 
-    @torch.no_grad()
-    def look_at_weight(self) -> None:
-        """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only."""
+    def look_at_weight(self) -> Tensor:
+        """Leave residency when the weight turns out to be sharded: it then holds the columns for a moment only.
+
+        Returns the weight in its layer's own layout.
+        """
         weight = self.parameter
         replaced = self._seen is not None and self._seen != id(weight)
         self._seen = id(weight)
@@ -333,7 +334,9 @@ class AdaptedWeight:
             self.left_behind, self.held.key = self.held.key is not None, None
         if self.left_behind:
             self._clean_shard()
+        return weight
 
+    @torch.no_grad()
     def _clean_shard(self) -> None:
         """Put the pretrained columns into a weight that was sharded while it held adapted ones.
 
@@ -455,7 +458,10 @@ _holders: WeakValueDictionary[int, AdaptedWeight] = WeakValueDictionary()
 
 def is_sharded(weight: Tensor) -> bool:
     """Whether this is one rank's part of a weight (FSDP1, FSDP2, tensor parallel)."""
-    return hasattr(weight, "_fsdp_flattened") or any(cls.__name__ == "DTensor" for cls in type(weight).__mro__)
+    kind = type(weight)
+    if hasattr(weight, "_fsdp_flattened"):
+        return True
+    return kind not in (Tensor, nn.Parameter) and any(cls.__name__ == "DTensor" for cls in kind.__mro__)
 
 
 def why_not_resident(weight: Tensor, replaced: bool = False) -> str:

@@ -9,7 +9,7 @@ spot check before each step compares the weight itself with what it should hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from paca.backend import Ops
 from paca.strategies import ColumnWrite
 
 if TYPE_CHECKING:
+    from paca.columns import AdaptedWeight, Adapter
     from paca.layer import PacaLayer
     from paca.schedule import Schedule
 
@@ -105,17 +106,18 @@ def write(layers: Iterable[PacaLayer]) -> None:
     if _waiting is not None:
         _waiting.extend(layers)
         return
-    by_ops: dict[Ops, list[tuple[PacaLayer, ColumnWrite]]] = {}
+    by_ops: dict[Ops, list[tuple[AdaptedWeight, Sequence[Adapter], ColumnWrite]]] = {}
     for layer in layers:
-        planned = layer.planned_write()
+        adapters = layer.held_adapters()
+        planned = layer.planned_write(adapters)
         if planned is not None:
-            by_ops.setdefault(layer.adapted.ops, []).append((layer, planned))
+            by_ops.setdefault(layer.adapted.ops, []).append((layer.adapted, adapters, planned))
     for ops, group in by_ops.items():
         ops.end_graph()
-        ops.write_columns([planned for _, planned in group])
+        ops.write_columns([planned for _, _, planned in group])
         ops.end_graph()
-        for layer, _ in group:
-            layer.mark_written()
+        for adapted, adapters, _ in group:
+            adapted.mark_written(adapters, _epoch)
 
 
 def _paca_layers(model: nn.Module) -> list[PacaLayer]:
@@ -151,14 +153,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _layers:
         return
     step = next(_steps)
+    owned = _owned(optimizer)
     # An optimizer that owns no delta may step copies of them: what was trained since its last step is looked at.
-    layers = _owned(optimizer) or [
-        layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())
-    ]
+    layers = owned or [layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())]
     for layer in layers:
         if layer.steps_per_check and step % layer.steps_per_check == 0:
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
-    for schedule, trained in _scheduled(optimizer, _owned(optimizer)):
+    for schedule, trained in _scheduled(optimizer, owned):
         schedule.before_step(optimizer, trained)
 
 

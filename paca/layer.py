@@ -408,17 +408,16 @@ class PacaLayer(nn.Module, BaseTunerLayer):
                 self.check_loaded(adapter.name)
         self.adapted.plan(adapters)
 
-    def planned_write(self) -> ColumnWrite | None:
-        """Return what is to be written to the weight now, if it can hold its columns."""
-        adapters = self.held_adapters()
+    def planned_write(self, adapters: Sequence[Adapter]) -> ColumnWrite | None:
+        """Return what is to be written to the weight now, if it can hold its columns.
+
+        Args:
+            adapters: `held_adapters()`.
+        """
         if self.merged or not adapters or not self.adapted.ready(adapters):
             return None
         self._plan(adapters)
         return self.adapted.column_write(adapters) if self.adapted.residency == "resident" else None
-
-    def mark_written(self) -> None:
-        """Note that the weight holds its columns."""
-        self.adapted.mark_written(self.held_adapters(), freshness.epoch())
 
     @torch.no_grad()
     def check_columns(self, rows: int | None = None, first: int = 0) -> None:
@@ -472,7 +471,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self._set_base_layer(self.adapted.dense(adapters))
             return
         self.adapted.ops.write_columns([self.adapted.column_write(adapters)])
-        self.mark_written()
+        self.adapted.mark_written(adapters, freshness.epoch())
 
     def _set_base_layer(self, layer: nn.Module) -> None:
         """Exchange the wrapped layer, below another method's wrapper if there is one."""
