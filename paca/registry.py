@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -81,11 +82,19 @@ def _why_unavailable(name: str) -> str | None:
         return f"it cannot be imported: {error}"
 
 
+@cache
+def _installed() -> dict[str, str]:
+    """Read every installed package's entry points, which takes as long as some training steps do."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
 def _known() -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=GROUP)} | BUILT_IN
+    return _installed() | BUILT_IN
 
 
 def _check_known(name: str) -> None:
+    if name not in _known():
+        _installed.cache_clear()  # it may have been installed since
     known = _known()
     if name not in known:
         near = get_close_matches(name, known, n=1)

@@ -17,7 +17,21 @@ PLUGINS = Path(__file__).parents[1] / "plugin"
 
 
 @pytest.fixture
-def third_party(monkeypatch):
+def install(monkeypatch):
+    """Let packages with these entry points be installed; returns how often they were read."""
+
+    def install(points):
+        reads = []
+        monkeypatch.setattr(registry, "entry_points", lambda group: reads.append(group) or points)
+        registry._installed.cache_clear()
+        return reads
+
+    yield install
+    registry._installed.cache_clear()
+
+
+@pytest.fixture
+def third_party(monkeypatch, install):
     monkeypatch.syspath_prepend(str(PLUGINS))
     points = [
         EntryPoint("dummy", "paca_dummy:DummyBackend", registry.GROUP),
@@ -26,7 +40,7 @@ def third_party(monkeypatch):
         EntryPoint("impostor", "paca_dummy:Impostor", registry.GROUP),
         EntryPoint("unfinished", "paca_dummy:UnfinishedBackend", registry.GROUP),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    install(points)
     yield
     sys.modules.pop("paca_dummy", None)
 
@@ -55,6 +69,19 @@ def test_an_unusable_backend_says_why_and_changes_nothing(third_party):
     with pytest.raises(paca.BackendUnavailableError, match="'asleep' cannot be used here: it sleeps"):
         paca.set_backend("asleep")
     assert paca.get_backend() is before
+
+
+def test_installed_packages_are_read_once_and_again_for_a_name_that_is_new(monkeypatch, install):
+    reads = install([])
+    for _ in range(3):
+        paca.set_backend("cpu")
+    assert len(reads) == 1
+    monkeypatch.syspath_prepend(str(PLUGINS))
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [EntryPoint("dummy", "paca_dummy:DummyBackend", registry.GROUP)]
+    )
+    assert paca.set_backend("dummy").name == "dummy"
+    sys.modules.pop("paca_dummy", None)
 
 
 def test_a_broken_plugin_does_not_hide_the_others(third_party):
@@ -148,8 +175,8 @@ def test_memory_is_reported_and_its_peak_can_be_reset():
     assert backend.memory().peak < high.peak
 
 
-def test_no_usable_backend_is_said_with_every_reason(monkeypatch):
+def test_no_usable_backend_is_said_with_every_reason(monkeypatch, install):
     monkeypatch.setattr(registry, "BUILT_IN", {"cpu": "paca_is_not_on_the_path:CPUBackend"})
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    install([])
     with pytest.raises(paca.BackendUnavailableError, match=r"cpu: it cannot be imported: .*paca_is_not_on_the_path"):
         paca.get_backend()
