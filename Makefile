@@ -33,9 +33,9 @@ test: $(VENV)/.quickstart $(VENV)/.quant ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interpreted on the CPU, compiled for GPUs, and run if there is one
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --backend cuda-interpreted tests/parity/test_every_backend.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/device/cuda $(ARGS)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/device/cuda $(ARGS)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --backend cuda-interpreted tests/parity/test_every_backend.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal tests/device/cuda $(ARGS)
 
 test-quantisers: $(VENV)/.quantisers ## test on layers that HQQ and gptqmodel (GPTQ, AWQ) make, on the CPU
 	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -W ignore::ResourceWarning tests/quantised/test_hqq_gptq_awq.py $(ARGS)

@@ -140,7 +140,9 @@ def test_the_70b_run_works_with_tiny_sizes(tmp_path: Path) -> None:
     )
     quick = {"--caps=80,141": "--caps=0.001", "--measure=peak,limits": "--measure=limits"}  # each a process
     quick[f"--methods={plan.QUANTISED}"] = "--methods=paca-r64"
-    small = plan.Run(run.name, tuple(quick.get(argument, argument) for argument in run.arguments))
-    assert plan.run([small], tmp_path) == 0
-    result = read(tmp_path / "qpaca-70b.json")
+    out = tmp_path / "qpaca-70b.json"
+    assert (
+        main([*(quick.get(argument, argument) for argument in run.arguments), "--malloc=default", f"--out={out}"]) == 0
+    )
+    result = read(out)
     assert all(method.limits[0].longest == 0 for method in result.methods.values())  # a megabyte holds no process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paca import select
 from paca.select import best_columns, checked_columns, random_columns, shared_name, weight_norms
 
 widths = st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
@@ -52,9 +52,12 @@ def test_drawing_leaves_the_global_generator_alone():
 
 
 def test_another_process_draws_the_same_columns():
-    code = "from paca.select import random_columns as draw; print(draw(4096, 64, 7, 'a.mlp.up_proj').tolist())"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, env=environment).stdout
+    code = (
+        "import runpy, sys; draw = runpy.run_path(sys.argv[1])['random_columns']\n"
+        "print(draw(4096, 64, 7, 'a.mlp.up_proj').tolist())"
+    )
+    command = [sys.executable, "-c", code, select.__file__]  # without PEFT, so sooner
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     assert random_columns(4096, 64, 7, "a.mlp.up_proj").tolist() == json.loads(out)
 
 

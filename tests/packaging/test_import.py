@@ -9,27 +9,36 @@ from project import run_python
 
 import paca
 
-
-def test_importing_loads_nothing_that_torch_and_peft_have_not_loaded_already():
-    program = """
+PROGRAM = """
 import json
 import torch, peft
+
+started = []
+torch.cuda._lazy_init = lambda: started.append("cuda")
+torch.xpu._lazy_init = lambda: started.append("xpu")
 before = set(sys.modules)
 import paca
-print(json.dumps(sorted(name for name in set(sys.modules) - before)))
+by_paca = [*started]
+torch.cuda.init()
+by_hand = started[len(by_paca):]
+print(json.dumps({"before": sorted(before), "after": sorted(sys.modules), "by_paca": by_paca, "by_hand": by_hand}))
 """
-    loaded = json.loads(run_python(program))
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """Modules before and after `import paca` in a process of its own, and the devices that it started."""
+    return json.loads(run_python(PROGRAM))
+
+
+def test_importing_loads_nothing_that_torch_and_peft_have_not_loaded_already(imported):
+    loaded = set(imported["after"]) - set(imported["before"])
     assert "paca.model" in loaded
     assert {name.split(".")[0] for name in loaded} - sys.stdlib_module_names == {"paca"}
 
 
-def test_importing_loads_no_trainer_no_plots_no_data_sets_and_no_accelerator_package():
-    program = """
-import json
-import paca
-print(json.dumps(sorted(sys.modules)))
-"""
-    loaded = set(json.loads(run_python(program)))
+def test_importing_loads_no_trainer_no_plots_no_data_sets_and_no_accelerator_package(imported):
+    loaded = set(imported["after"])
     assert "paca.model" in loaded
     unwanted = {
         "datasets",
@@ -46,21 +55,9 @@ print(json.dumps(sorted(sys.modules)))
     assert loaded & unwanted == set()
 
 
-def test_importing_starts_no_device():
-    program = """
-import torch
-
-started = []
-torch.cuda._lazy_init = lambda: started.append("cuda")
-torch.xpu._lazy_init = lambda: started.append("xpu")
-import paca
-print(started)
-torch.cuda.init()
-print(started)
-"""
-    by_paca, by_hand = run_python(program).splitlines()
-    assert by_paca == "[]"
-    assert by_hand == "['cuda']", "the trap itself does not work"
+def test_importing_starts_no_device(imported):
+    assert imported["by_paca"] == []
+    assert imported["by_hand"] == ["cuda"], "the trap itself does not work"
 
 
 def test_every_public_name_exists_and_is_listed_once_in_order():
