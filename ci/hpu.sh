@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What can be proven about Gaudi without one: the real GaudiTrainer on a stand-in and on an emulated device.
 #
-#     ci/hpu.sh [VENV]        VENV is where the project's own environment is, .venv by default
+#     ci/hpu.sh [VENV]             VENV is where the project's own environment is, .venv by default
+#     ci/hpu.sh --install [VENV]   only make the second environment, which the tests need
 #
 # optimum-habana pins an older transformers, so it gets an environment of its own, .cache/hpu-venv, which is kept. It is
 # installed without dependencies beside exactly what its GaudiTrainer imports (requirements/hpu.txt): with all that it
@@ -9,6 +10,11 @@
 # `PACA_TEST_HPU=device` runs them on the device (docs/gaudi.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+only_install=
+if [ "${1:-}" = --install ]; then
+    only_install=yes
+    shift
+fi
 own=$(realpath -m "${1:-.venv}")
 venv=.cache/hpu-venv
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$PWD:$PWD/backends:$PWD/tests:$PWD/tests/device/hpu"
@@ -25,6 +31,7 @@ if [ ! -e "$venv/$key" ]; then
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r requirements/hpu.txt
     touch "$venv/$key"
 fi
+[ -z "$only_install" ] || exit 0
 
 # run PLACE LAZY ENVIRONMENT TESTS...
 run() {

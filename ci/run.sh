@@ -17,8 +17,7 @@ stage() {
 
 stage "Set-up" make --no-print-directory setup
 stage "Lint" make --no-print-directory lint
-stage "Types" make --no-print-directory types
-stage "Distribution" make --no-print-directory check-dist
+stage "Types, distribution and further environments" make --no-print-directory -j2 --output-sync=target types check-dist environments
 stage "Tests" make --no-print-directory test
 stage "Other quantisers" make --no-print-directory test-quantisers
 stage "Gaudi without a Gaudi" make --no-print-directory test-gaudi
