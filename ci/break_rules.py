@@ -100,9 +100,16 @@ BREAKS = [
         f"{FRESH}::test_whatever_changes_a_delta_is_seen",
     ),
     Break(
+        "registry: a backend that was installed since is not found",
+        "paca/registry.py",
+        "        _installed.cache_clear()  # it may have been installed since\n",
+        "        pass\n",
+        "tests/core/test_registry.py",
+    ),
+    Break(
         "rule 10, tied weights: a tie made later is not noticed",
         "paca/columns.py",
-        "        self._refuse_second_holder()\n",
+        "        self._refuse_second_holder(weight)\n",
         "",
         f"{FRESH}::test_two_layers_never_hold_columns_in_one_weight",
     ),
