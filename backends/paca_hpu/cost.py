@@ -1,6 +1,6 @@
 """What gathering channels should cost on a Gaudi2, from published rates; nothing here was measured.
 
-    python -m paca_hpu.cost        writes the table of docs/gaudi.md to standard output
+    python -m paca_hpu        writes the tables of docs/gaudi.md to standard output
 
 Both ways move or multiply a number of bytes or products that is proportional to the tokens T, so the faster one depends
 on the layer alone:
@@ -117,16 +117,3 @@ def overhead_table(tokens: int = 4096) -> list[str]:
         cells = " | ".join(f"{1e6 * part:.0f}" for part in parts.values())
         lines.append(f"| {r} | {cells} | {1e6 * total:.0f} | {100 * total / floor:.1f} % |")
     return lines
-
-
-def main() -> None:
-    """Print both tables."""
-    tokens = 4096
-    print(f"One layer of Llama-3-8B in bfloat16, {tokens} tokens, on paper.\n")
-    print("\n".join(gather_table(tokens)))
-    print(f"\nThe frozen GEMMs (forward and dX) take {1e6 * frozen_seconds(tokens):.0f} µs.\n")
-    print("\n".join(overhead_table(tokens)))
-
-
-if __name__ == "__main__":
-    main()
