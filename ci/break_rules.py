@@ -34,6 +34,7 @@ JUDGING = "tests/parity/test_judging.py"
 QUANTISED = "tests/quantised/test_qpaca.py"
 SWITCH, BANK = "tests/service/test_switching.py", "tests/service/test_bank.py"
 ESTIMATE = "tests/estimate"
+OTHERS = "tests/freshness/test_other_optimizers.py"
 REMEMBERED = "tests/freshness/test_remembered_adapters.py"
 BREAKS = [
     Break(
@@ -84,6 +85,34 @@ BREAKS = [
         "        _epoch += 1",
         "        pass",
         f"{FRESH}::test_every_forward_sees_the_last_step",
+    ),
+    Break(
+        "rule 3, never stale: a gradient does not make copies of the deltas suspect again",
+        "paca/linear.py",
+        "                ctx.held.settled = False\n",
+        "                pass\n",
+        f"{OTHERS}::test_copies_that_are_stepped_after_an_optimizer_of_the_deltas_are_seen_at_once",
+    ),
+    Break(
+        "rule 3, never stale: gradients of replayed graphs are trusted for good",
+        "paca/freshness.py",
+        "again = _seen.get(optimizer) == _own_steps",
+        "again = False",
+        f"{OTHERS}::test_gradients_that_no_layer_saw_delay_that_by_one_step",
+    ),
+    Break(
+        "never stale, at no cost: every other optimizer makes layers compare their values",
+        "paca/freshness.py",
+        "        waits = again or not layer.adapted.held.settled\n",
+        "        waits = True\n",
+        f"{OTHERS}::test_another_models_optimizer_costs_no_look",
+    ),
+    Break(
+        "rule 3, never stale: a suspicion raised by one optimizer fails the step of another",
+        "paca/freshness.py",
+        "if due and layer.adapted.suspect in (None, id(optimizer)):",
+        "if due:",
+        f"{OTHERS}::test_a_suspicion_outlasts_the_freezing_of_an_adapter",
     ),
     Break(
         "rule 3, never stale: versions are not looked at",

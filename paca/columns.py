@@ -169,7 +169,7 @@ class AdaptedWeight:
         self.held = Held()
         self.left_behind = False  # whether the weight was sharded while it held adapted columns, and still has them
         self.changes = 0  # changes of the deltas that torch cannot tell from their tensors
-        self._epoch = 0  # when the weight was last known to be fresh
+        self.suspect: int | None = None  # id of an optimizer that may have changed the deltas without a trace
         self._seen: int | None = None  # id of the weight last used
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,18 +227,18 @@ class AdaptedWeight:
 
     # ------------------------------------------------------------------ write
 
-    def is_fresh(self, adapters: Sequence[Adapter], epoch: int) -> bool:
+    def is_fresh(self, adapters: Sequence[Adapter]) -> bool:
         """Whether a resident weight holds these adapters as they are now, as far as torch can tell.
 
-        After optimizer steps that may have changed anything the values themselves decide.
+        After an optimizer step that may have changed them without a trace the values themselves decide.
         """
         if not self._is_written(adapters):
             return False
-        if self._epoch != epoch:
+        if self.suspect is not None:
             if not self.holds(adapters):
                 self.changes += 1
                 return False
-            self._epoch = epoch
+            self.suspect = None
         return True
 
     def _is_written(self, adapters: Sequence[Adapter]) -> bool:
@@ -293,9 +293,9 @@ class AdaptedWeight:
         columns = self.columns
         return ColumnWrite(self.matrix, columns.index, columns.base, delta.detach(), scale, columns.first)
 
-    def mark_written(self, adapters: Sequence[Adapter], epoch: int) -> None:
+    def mark_written(self, adapters: Sequence[Adapter]) -> None:
         """Note that the weight holds these adapters."""
-        self.held.key, self._epoch = self._key(adapters), epoch
+        self.held.key, self.suspect = self._key(adapters), None
         _holders[self.parameter.data_ptr()] = self
 
     def _key(self, adapters: Sequence[Adapter]) -> object:

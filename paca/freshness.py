@@ -2,9 +2,10 @@
 
 No single signal tells that a tensor changed. Fused and 8-bit optimizers do not raise its version count; DeepSpeed steps
 flat copies and writes the model's tensors later; `.data` edits leave no trace. So three are used together: torch's
-global optimizer hook writes the layers whose deltas the optimizer owns, and where it owns none it starts a new *epoch*;
-each forward compares a key made of epoch, versions and addresses and writes if it differs (`PacaLayer.sync`); and a
-spot check before each step compares the weight itself with what it should hold.
+global optimizer hook writes the layers whose deltas the optimizer owns, and where it owns none it *suspects* the layers
+that wait for a step; each forward compares a key made of versions and addresses, of a suspected layer the values, and
+writes if they differ (`PacaLayer.sync`); and a spot check before each step compares the weight itself with what it
+should hold.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ ROWS_PER_CHECK = 8
 
 _layers: WeakSet[PacaLayer] = WeakSet()
 _steps = count()
-_epoch = 0
+_own_steps = 0  # of optimizers that own deltas
+_seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many of those there were when another one stepped
 _waiting: list[PacaLayer] | None = None  # layers to be written together, inside `one_write`
 _hooked = False
 
@@ -50,11 +52,6 @@ def watch(layer: PacaLayer) -> None:
 def forget(layer: PacaLayer) -> None:
     """Leave a layer's weight alone from now on."""
     _layers.discard(layer)
-
-
-def epoch() -> int:
-    """Count the optimizer steps that may have changed any delta without a trace."""
-    return _epoch
 
 
 @torch.no_grad()
@@ -117,7 +114,7 @@ def write(layers: Iterable[PacaLayer]) -> None:
         ops.write_columns([planned for _, _, planned in group])
         ops.end_graph()
         for adapted, adapters, _ in group:
-            adapted.mark_written(adapters, _epoch)
+            adapted.mark_written(adapters)
 
 
 def _paca_layers(model: nn.Module) -> list[PacaLayer]:
@@ -157,7 +154,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # An optimizer that owns no delta may step copies of them: what was trained since its last step is looked at.
     layers = owned or [layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())]
     for layer in layers:
-        if layer.steps_per_check and step % layer.steps_per_check == 0:
+        # What another optimizer may have changed is looked at by the next forward.
+        due = layer.steps_per_check and step % layer.steps_per_check == 0
+        if due and layer.adapted.suspect in (None, id(optimizer)):
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
     for schedule, trained in _scheduled(optimizer, owned):
         schedule.before_step(optimizer, trained)
@@ -165,13 +164,31 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    global _epoch
+    global _own_steps
     if not _layers:
         return
     layers = _owned(optimizer)
     for schedule, trained in _scheduled(optimizer, layers):
         schedule.after_step(optimizer, trained)
     if layers:
+        _own_steps += 1
         write_changed(layers)
+        for layer in layers:
+            layer.adapted.held.settled = True
     else:
-        _epoch += 1
+        _suspect(optimizer)
+
+
+def _suspect(optimizer: Optimizer) -> None:
+    """Let layers look at values that an optimizer may have changed by way of copies.
+
+    One that trains something else beside an optimizer of the deltas, such as another model's, costs nothing: a layer
+    that had its step and no gradient since is left alone. Gradients of compiled code and replayed graphs go unseen, so
+    it is looked at, too, where the same optimizer steps again and none of the deltas' own did.
+    """
+    again = _seen.get(optimizer) == _own_steps
+    _seen[optimizer] = _own_steps
+    for layer in list(_layers):
+        waits = again or not layer.adapted.held.settled
+        if waits and layer.adapted.suspect is None and any(d.requires_grad for d in layer.paca_delta.values()):
+            layer.adapted.suspect = id(optimizer)

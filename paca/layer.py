@@ -383,7 +383,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             adapters: `held_adapters()`, if the caller has them.
         """
         adapters = self.held_adapters() if adapters is None else adapters
-        if adapters and self.adapted.is_fresh(adapters, freshness.epoch()):
+        if adapters and self.adapted.is_fresh(adapters):
             return
         with torch.no_grad():
             if not adapters:
@@ -471,7 +471,7 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self._set_base_layer(self.adapted.dense(adapters))
             return
         self.adapted.ops.write_columns([self.adapted.column_write(adapters)])
-        self.adapted.mark_written(adapters, freshness.epoch())
+        self.adapted.mark_written(adapters)
 
     def _set_base_layer(self, layer: nn.Module) -> None:
         """Exchange the wrapped layer, below another method's wrapper if there is one."""

@@ -28,15 +28,18 @@ from paca.strategies import ColumnWrite, adapted_columns
 class Held:
     """What a resident weight holds now, as an opaque key; None for the pretrained values.
 
+    It is `settled` from an optimizer step that has written it until a gradient asks for another one.
+
     The weight is saved for backward by reference and is written in place, so a backward compares the key with that of
     its forward. Autograd's own version count would refuse a weight that was restored and written again with the same
     values in between, as a reference model does.
     """
 
-    __slots__ = ("key",)
+    __slots__ = ("key", "settled")
 
     def __init__(self) -> None:
         self.key: object = None
+        self.settled = False
 
 
 CHANGED = (
@@ -113,6 +116,8 @@ class PacaLinear(Function):
             gbias = grad_bias(gy)
         if ctx.needs_input_grad[4]:
             gdelta = ctx.ops.grad_columns(gy, xs, ctx.scale)
+            if ctx.held is not None:
+                ctx.held.settled = False
         return gx, None, None, gbias, gdelta, None, None, None, None, None
 
 
@@ -168,6 +173,7 @@ class PacaLinears(Function):
             grads.append(grad_bias(gy) if wants_bias and gy is not None else None)
             columns = xs[..., reader.first : reader.last]
             grads.append(ctx.ops.grad_columns(gy, columns, reader.scale) if wants_delta and gy is not None else None)
+            reader.held.settled = reader.held.settled and not wants_delta
         return gx, None, None, None, *grads
 
 
