@@ -296,7 +296,9 @@ class AdaptedWeight:
     def mark_written(self, adapters: Sequence[Adapter]) -> None:
         """Note that the weight holds these adapters."""
         self.held.key, self.suspect = self._key(adapters), None
-        _holders[self.parameter.data_ptr()] = self
+        address = self.parameter.data_ptr()
+        if _holders.get(address) is not self:
+            _holders[address] = self
 
     def _key(self, adapters: Sequence[Adapter]) -> object:
         """Say what the weight would hold if it were written now: equal keys mean equal contents."""

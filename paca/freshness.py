@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -129,7 +129,12 @@ def _parameters(optimizer: Optimizer) -> set[int]:
 
 def _owned(optimizer: Optimizer) -> list[PacaLayer]:
     parameters = _parameters(optimizer)
-    return [layer for layer in list(_layers) if not parameters.isdisjoint(map(id, layer.paca_delta.values()))]
+    return [layer for layer in list(_layers) if not parameters.isdisjoint(map(id, _deltas(layer)))]
+
+
+def _deltas(layer: PacaLayer) -> Iterable[Tensor]:
+    """Give the deltas as they are stored; the dictionary's own `values` looks each of them up by its name."""
+    return layer.paca_delta._parameters.values()  # type: ignore[return-value]
 
 
 def _scheduled(optimizer: Optimizer, layers: Iterable[PacaLayer]) -> list[tuple[Schedule, list[PacaLayer]]]:
@@ -152,7 +157,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step = next(_steps)
     owned = _owned(optimizer)
     # An optimizer that owns no delta may step copies of them: what was trained since its last step is looked at.
-    layers = owned or [layer for layer in _layers if any(d.grad is not None for d in layer.paca_delta.values())]
+    layers = owned or [layer for layer in _layers if any(d.grad is not None for d in _deltas(layer))]
     for layer in layers:
         # What another optimizer may have changed is looked at by the next forward.
         due = layer.steps_per_check and step % layer.steps_per_check == 0
@@ -190,5 +195,5 @@ def _suspect(optimizer: Optimizer) -> None:
     _seen[optimizer] = _own_steps
     for layer in list(_layers):
         waits = again or not layer.adapted.held.settled
-        if waits and layer.adapted.suspect is None and any(d.requires_grad for d in layer.paca_delta.values()):
+        if waits and layer.adapted.suspect is None and any(d.requires_grad for d in _deltas(layer)):
             layer.adapted.suspect = id(optimizer)
