@@ -169,7 +169,7 @@ class AdaptedWeight:
         self.held = Held()
         self.left_behind = False  # whether the weight was sharded while it held adapted columns, and still has them
         self.changes = 0  # changes of the deltas that torch cannot tell from their tensors
-        self.suspect: int | None = None  # id of an optimizer that may have changed the deltas without a trace
+        self.suspect: int | None = None  # number of an optimizer that may have changed the deltas without a trace
         self._seen: int | None = None  # id of the weight last used
 
     def __setstate__(self, state: dict[str, Any]) -> None:

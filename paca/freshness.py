@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -31,10 +31,19 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHECK = 8
 
+
+class _Other(NamedTuple):
+    """An optimizer that owns no delta."""
+
+    number: int
+    own_steps: int  # how often optimizers of deltas had stepped when it stepped last
+
+
 _layers: WeakSet[PacaLayer] = WeakSet()
 _steps = count()
 _own_steps = 0  # of optimizers that own deltas
-_seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # how many of those there were when another one stepped
+_others: WeakKeyDictionary[Optimizer, _Other] = WeakKeyDictionary()  # those that stepped and own none
+_numbers = count()
 _waiting: list[PacaLayer] | None = None  # layers to be written together, inside `one_write`
 _hooked = False
 
@@ -158,10 +167,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     owned = _owned(optimizer)
     # An optimizer that owns no delta may step copies of them: what was trained since its last step is looked at.
     layers = owned or [layer for layer in _layers if any(d.grad is not None for d in _deltas(layer))]
+    mine = _others[optimizer].number if optimizer in _others else None
     for layer in layers:
         # What another optimizer may have changed is looked at by the next forward.
         due = layer.steps_per_check and step % layer.steps_per_check == 0
-        if due and layer.adapted.suspect in (None, id(optimizer)):
+        if due and layer.adapted.suspect in (None, mine):
             layer.check_columns(rows=ROWS_PER_CHECK, first=step)
     for schedule, trained in _scheduled(optimizer, owned):
         schedule.before_step(optimizer, trained)
@@ -191,9 +201,10 @@ def _suspect(optimizer: Optimizer) -> None:
     that had its step and no gradient since is left alone. Gradients of compiled code and replayed graphs go unseen, so
     it is looked at, too, where the same optimizer steps again and none of the deltas' own did.
     """
-    again = _seen.get(optimizer) == _own_steps
-    _seen[optimizer] = _own_steps
+    other = _others.get(optimizer)
+    again = other is not None and other.own_steps == _own_steps
+    other = _others[optimizer] = _Other(other.number if other else next(_numbers), _own_steps)
     for layer in list(_layers):
         waits = again or not layer.adapted.held.settled
         if waits and layer.adapted.suspect is None and any(d.requires_grad for d in _deltas(layer)):
-            layer.adapted.suspect = id(optimizer)
+            layer.adapted.suspect = other.number
