@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from paca.bench.base import quantise
 from paca.bench.shapes import Shape
 
+_ATTENTION = "paca_bench_causal"
+
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, base: str = "none") -> nn.Module:
     """Return a `LlamaModel` in training mode; the same weights for the same seed on the same device.
@@ -29,7 +31,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, bas
     from transformers import LlamaConfig, LlamaModel
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    settings: dict[str, Any] = {"attn_implementation": "sdpa"}  # not in the signature
+    settings: dict[str, Any] = {"attn_implementation": _attention()}  # not in the signature
     config = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
@@ -54,6 +56,20 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, bas
         config.num_hidden_layers = shape.layers
     made: nn.Module = model.to(device).train()
     return made
+
+
+def _attention() -> str:
+    """Return the name of torch's attention without the masks that transformers makes for it; the batch is not padded.
+
+    transformers reads a value back from the device in every forward, to find that it needs no mask, and where it cannot
+    read, while a CUDA graph is captured or all layers are compiled, it makes one, with which the fastest kernels cannot
+    be used.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    return _ATTENTION
 
 
 def batch(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
