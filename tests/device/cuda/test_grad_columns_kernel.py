@@ -182,12 +182,21 @@ def test_what_a_capture_meets_first_is_not_decided_there(tuned):
 
 
 def test_where_there_is_no_memory_to_measure_in_it_is_tried_once(tuned):
-    """Timing takes a quarter of a gigabyte, which a model at the limit does not leave."""
     gy, xs = torch.empty(64, 48), torch.empty(64, 8)
     tuner = tuned(Tuned(fails=True))
     for _ in range(3):
         assert ops._tiling_for(gy, xs, 1.0, False) == DEFAULT_TILING
     assert tuner.asked == 1
+
+
+def test_timing_takes_no_memory_beyond_what_the_candidates_take(gpu):
+    gy = torch.randn(512, 1024, device=gpu).bfloat16()
+    made = []
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert ops._milliseconds(lambda: made.append(gy.sum())) > 0
+    assert len(made) == ops._CALLS + 1
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
 
 
 def test_without_memory_to_measure_in_half_the_batch_shows_what_is_fast(tuned):
