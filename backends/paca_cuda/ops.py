@@ -158,6 +158,9 @@ TILINGS = (
     Tiling(out=64, tokens=32, programs=1024, warps=4, stages=5),
 )
 CUBLAS = "cublas"
+# A dY of so many numbers is read in a few microseconds. Launching a Triton kernel takes the host several times as long
+# as calling cuBLAS does, and a device that is done that soon waits for the host; unless a graph launches.
+LAUNCH_BOUND = 1 << 23
 
 
 def safe_tiling(r: int, element_size: int) -> Tiling:
@@ -201,16 +204,22 @@ def grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Ten
 
 
 def _tiling_for(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tiling | None:
-    """Return the fastest tiling for this problem, or None for cuBLAS; the default one where nothing can be timed."""
+    """Return the tiling for this problem, or None for cuBLAS.
+
+    The fastest on the device; the default one where nothing can be timed; cuBLAS where the host's time decides.
+    """
     if not gy.is_cuda or torch.are_deterministic_algorithms_enabled():  # times differ from run to run
         return safe_tiling(xs.shape[1], gy.element_size())
     decided = _decided(gy.device.index)
     problem = Problem(gy.dtype, bucket(len(gy)), gy.shape[1], xs.shape[1], gy.is_contiguous(), only_triton)
     if problem in decided:  # a layer asks in every step, and finding the name of a problem takes longer than a launch
-        return decided[problem]
-    tiling, lasting = _choose_tiling(gy, xs, scale, problem)
-    if lasting:
-        decided[problem] = tiling
+        tiling = decided[problem]
+    else:
+        tiling, lasting = _choose_tiling(gy, xs, scale, problem)
+        if lasting:
+            decided[problem] = tiling
+    if gy.numel() <= LAUNCH_BOUND and not only_triton and not torch.cuda.is_current_stream_capturing():
+        return None
     return tiling
 
 

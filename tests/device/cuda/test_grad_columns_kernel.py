@@ -155,6 +155,7 @@ def tuned(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         monkeypatch.setattr(ops, "_tuner", lambda device: tuner)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: tuner.capturing)
+        monkeypatch.setattr(ops, "LAUNCH_BOUND", 0)
         tuner.capturing = False
         return tuner
 
@@ -170,6 +171,15 @@ def test_each_problem_is_decided_once_in_a_process(tuned):
     for other in (torch.empty(65, 48), torch.empty(64, 40), torch.empty(48, 64).t(), torch.empty(64, 48).bfloat16()):
         ops._tiling_for(other, xs, 1.0, False)
     assert tuner.asked == 6
+
+
+def test_the_host_launches_cublas_for_a_small_problem_and_a_graph_what_is_fastest(tuned, monkeypatch):
+    tuner, xs = tuned(Tuned(tokens_64=str(TILINGS[3]), tokens_128=str(TILINGS[3]))), torch.empty(64, 8)
+    monkeypatch.setattr(ops, "LAUNCH_BOUND", 64 * 48)
+    assert ops._tiling_for(torch.empty(64, 48), xs, 1.0, False) is None
+    assert ops._tiling_for(torch.empty(65, 48), xs, 1.0, False) == TILINGS[3]
+    tuner.capturing = True
+    assert ops._tiling_for(torch.empty(64, 48), xs, 1.0, False) == TILINGS[3]
 
 
 def test_what_a_capture_meets_first_is_not_decided_there(tuned):
