@@ -140,6 +140,10 @@ class GraphedModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs read and write the memory of one process's tensors: a copy captures its own."""
+        return {**self.__dict__, "_seen": {}, "_recordings": {}}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, from a graph where there is one for these shapes."""
         if not (self.training and torch.is_grad_enabled()) or self.why_eager:

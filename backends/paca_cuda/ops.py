@@ -174,7 +174,8 @@ def mm_float32(gy: Tensor, xs: Tensor, scale: float) -> Tensor:
     (tokens, out), (tokens, r) -> (out, r); float64 stays float64.
     """
     if gy.is_cuda and gy.dtype in (torch.bfloat16, torch.float16):
-        total = torch.mm(gy.t(), xs.to(gy.dtype), out_dtype=torch.float32)
+        xs = xs if xs.dtype == gy.dtype else xs.to(gy.dtype)
+        total = torch.mm(gy.t(), xs, out_dtype=torch.float32)
     else:
         wide = torch.promote_types(gy.dtype, torch.float32)
         total = torch.mm(gy.t().to(wide), xs.to(wide))
@@ -218,9 +219,19 @@ def _tiling_for(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tili
         tiling, lasting = _choose_tiling(gy, xs, scale, problem)
         if lasting:
             decided[problem] = tiling
-    if gy.numel() <= LAUNCH_BOUND and not only_triton and not torch.cuda.is_current_stream_capturing():
-        return None
-    return tiling
+    if tiling is None or only_triton or gy.numel() > LAUNCH_BOUND:
+        return tiling
+    # All that Triton compiles a kernel anew for. The first time it is launched nevertheless: it must be loaded before a
+    # graph is captured, because a capture that loads a kernel is refused.
+    launch = problem, len(gy), gy.stride(), xs.stride(), gy.data_ptr() % 16, xs.data_ptr() % 16
+    loaded = launch in _loaded
+    if not torch.cuda.is_current_stream_capturing():
+        _loaded.add(launch)
+        return None if loaded else tiling
+    return tiling if loaded else None
+
+
+_loaded: set[object] = set()
 
 
 class Problem(NamedTuple):
@@ -251,7 +262,7 @@ def _choose_tiling(gy: Tensor, xs: Tensor, scale: float, problem: Problem) -> tu
     if known in ways:
         return ways[known], True
     if torch.cuda.is_current_stream_capturing():
-        return safe, False
+        return (safe if problem.only_triton else None), False
 
     def run(tiling: Tiling | None) -> Tensor:
         return mm_float32(gy, xs, scale) if tiling is None else tiled_grad_columns(gy, xs, scale, tiling)

@@ -45,4 +45,5 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     ops._tuner.cache_clear()
     ops._decided.cache_clear()
+    ops._loaded.clear()
     ops._tables.clear()

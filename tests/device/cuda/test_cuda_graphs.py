@@ -6,7 +6,9 @@ autograd makes of it; with one the same tests run on real CUDA graphs.
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -157,6 +159,21 @@ def test_after_a_capture_that_failed_another_model_is_captured(gpu, monkeypatch)
         assert bool(run._recordings) == captured
         assert (run.why_eager is None) == captured
     assert torch.randn(3, device=gpu).isfinite().all()  # the generator does not believe in a capture either
+
+
+def test_a_copy_captures_graphs_of_its_own(place, monkeypatch):
+    device, record = place
+    model = model_on(device, monkeypatch)
+    run = GraphedModel(model, record)
+    train(model, run, device)
+    again = copy.deepcopy(run)
+    assert again._recordings == {}
+    expected = train(model, run, device)
+    assert torch.allclose(train(again.module, again, device), expected, rtol=1e-5)
+    assert len(again._recordings) == 1
+    if record is record_cuda_graph:
+        loaded = pickle.loads(pickle.dumps(run))
+        assert loaded._recordings == {}
 
 
 def test_evaluation_runs_as_usual(place, monkeypatch):

@@ -176,19 +176,30 @@ def test_each_problem_is_decided_once_in_a_process(tuned):
 def test_the_host_launches_cublas_for_a_small_problem_and_a_graph_what_is_fastest(tuned, monkeypatch):
     tuner, xs = tuned(Tuned(tokens_64=str(TILINGS[3]), tokens_128=str(TILINGS[3]))), torch.empty(64, 8)
     monkeypatch.setattr(ops, "LAUNCH_BOUND", 64 * 48)
-    assert ops._tiling_for(torch.empty(64, 48), xs, 1.0, False) is None
-    assert ops._tiling_for(torch.empty(65, 48), xs, 1.0, False) == TILINGS[3]
+    small, large = torch.empty(64, 48), torch.empty(65, 48)
+    assert [ops._tiling_for(large, xs, 1.0, False) for _ in range(3)] == [TILINGS[3]] * 3
+    assert [ops._tiling_for(small, xs, 1.0, False) for _ in range(3)] == [TILINGS[3], None, None]
     tuner.capturing = True
-    assert ops._tiling_for(torch.empty(64, 48), xs, 1.0, False) == TILINGS[3]
+    assert ops._tiling_for(small, xs, 1.0, False) == TILINGS[3]
+
+
+def test_a_capture_launches_nothing_that_would_have_to_be_loaded(tuned, monkeypatch):
+    tuner, xs = tuned(Tuned(tokens_64=str(TILINGS[3]))), torch.empty(64, 8)
+    monkeypatch.setattr(ops, "LAUNCH_BOUND", 64 * 48)
+    ops._tiling_for(torch.empty(64, 48), xs, 1.0, False)
+    tuner.capturing = True
+    for gy in (torch.empty(60, 48), torch.empty(48, 64).t(), torch.empty(64 * 48 + 1)[1:].view(64, 48)):
+        assert ops._tiling_for(gy, xs, 1.0, False) is None
 
 
 def test_what_a_capture_meets_first_is_not_decided_there(tuned):
     tuner, gy, xs = tuned(Tuned()), torch.empty(64, 48), torch.empty(64, 8)
     tuner.capturing = True
-    assert ops._tiling_for(gy, xs, 1.0, False) == DEFAULT_TILING
+    assert ops._tiling_for(gy, xs, 1.0, False) is None
+    assert ops._tiling_for(gy, xs, 1.0, True) == DEFAULT_TILING
     assert tuner.asked == 0
     tuner.capturing = False
-    assert ops._tiling_for(gy, xs, 1.0, False) is None
+    assert ops._tiling_for(gy, xs, 1.0, True) == TILINGS[1]
 
 
 def test_where_there_is_no_memory_to_measure_in_it_is_tried_once(tuned):
