@@ -196,6 +196,9 @@ class Backend(ABC):
         """Make allocations beyond so many bytes fail in this process; False if the device cannot."""
         return False
 
+    def release_memory(self) -> None:  # noqa: B027 - a device whose allocator keeps nothing has nothing to give
+        """Give memory that is held for later use back to the device, so that other processes can have it."""
+
     def capture(self, module: nn.Module) -> nn.Module:
         """Return the module in the chosen graph mode."""
         return torch.compile(module) if self.graph_mode is GraphMode.COMPILE else module  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -153,6 +154,11 @@ class CUDABackend(Backend):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         return True
+
+    def release_memory(self) -> None:
+        """Empty the cache of torch's allocator, after what Python has not collected yet."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def capture(self, module: nn.Module) -> nn.Module:
         """Return the module compiled, or replayed from CUDA graphs, or as it is."""

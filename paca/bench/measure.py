@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import paca
@@ -16,7 +18,7 @@ from paca.bench.contestant import Contestant
 from paca.bench.kept import count_kept
 from paca.bench.limits import measure_limit
 from paca.bench.machine import describe
-from paca.bench.methods import FLOOR
+from paca.bench.methods import FLOOR, Method
 from paca.bench.peak import measure_peak
 from paca.bench.result import MethodResult, Result
 from paca.bench.rounds import time_rounds
@@ -75,12 +77,13 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         for name, method in list(methods.items()):
             progress(f"build {name}")
             try:
+                made = MethodResult(method.label(options.shape), method.rank_for(options.shape), trained=0)
+                if not (timed or "bytes" in options.measure):  # processes of their own build it
+                    made.trained = _count_trained(method, options, backend)
+                    result.methods[name] = made
+                    continue
                 contestant = Contestant(method, options.shape, dtype, backend, options.seed, options.setting)
-                made = MethodResult(
-                    label=method.label(options.shape),
-                    rank=method.rank_for(options.shape),
-                    trained=sum(parameter.numel() for parameter in contestant.trained),
-                )
+                made.trained = _values(contestant.trained)
                 if timed:
                     output = first_step(contestant)
                     floor_output = floor_output or output
@@ -99,6 +102,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         if timed:
             time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save, leave_out)
         contestants.clear()
+        backend.release_memory()
         for name in methods if peaks else ():
             progress(f"memory of {name}")
             try:
@@ -121,6 +125,28 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                     leave_out(name, error, f"limits in {cap} GB: ")
                 save(result)
     return result
+
+
+def _values(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _count_trained(method: Method, options: Options, backend: Backend) -> int:
+    """Count the parameters that train from models of one and of two layers: each further one has as many."""
+    one, two = (
+        _values(
+            Contestant(
+                method,
+                replace(options.shape, layers=layers),
+                getattr(torch, options.dtype),
+                backend,
+                options.seed,
+                options.setting,
+            ).trained
+        )
+        for layers in (1, 2)
+    )
+    return one + (options.shape.layers - 1) * (two - one)
 
 
 def clock_of(options: Options, backend: Backend) -> str:

@@ -117,7 +117,10 @@ def test_the_gpu_suite_measures_8b_against_qlora_and_one_70b_step(tmp_path: Path
         assert {"time", "peak"} <= set(options[name].measure)
         assert {"floor", "paca-r64", "lora-r64"} <= {method.name for method in options[name].methods}
     assert (options["qpaca-70b"].shape.layers, options["qpaca-70b"].shape.hidden) == (80, 8192)
-    assert options["qpaca-70b"].caps == (80.0, 141.0)
+    assert options["qpaca-70b"].measure == ("peak",)
+    assert options["limits-qpaca-70b"].caps == (80.0, 141.0)
+    assert plan.FIRST.index("qpaca-70b") >= 0
+    assert "limits-qpaca-70b" not in plan.FIRST  # a whole call by itself
 
 
 def test_the_summary_sets_memory_and_time_against_lora_of_the_same_rank() -> None:
@@ -134,15 +137,18 @@ def test_the_summary_sets_memory_and_time_against_lora_of_the_same_rank() -> Non
 
 
 @pytest.mark.slow
-def test_the_70b_run_works_with_tiny_sizes(tmp_path: Path) -> None:
-    (run,) = plan.gpu(
-        shape="tiny", sizes={"layers": 1, "tokens": 8}, rounds=1, warmup=1, caps="1", backend="cpu", only=["70b"]
+def test_the_70b_runs_work_with_tiny_sizes(tmp_path: Path) -> None:
+    runs = plan.gpu(
+        shape="tiny", sizes={"layers": 3, "tokens": 8}, rounds=1, warmup=1, caps="1", backend="cpu", only=["70b"]
     )
-    quick = {"--caps=80,141": "--caps=0.001", "--measure=peak,limits": "--measure=limits"}  # each a process
-    quick[f"--methods={plan.QUANTISED}"] = "--methods=paca-r64"
-    out = tmp_path / "qpaca-70b.json"
-    assert (
-        main([*(quick.get(argument, argument) for argument in run.arguments), "--malloc=default", f"--out={out}"]) == 0
-    )
-    result = read(out)
-    assert all(method.limits[0].longest == 0 for method in result.methods.values())  # a megabyte holds no process
+    quick = {"--caps=80,141": "--caps=0.001"}
+    quick |= {f"--methods={methods}": "--methods=paca-r64" for methods in (plan.QUANTISED, plan.LARGE)}
+    found = {}
+    for run in runs:
+        out = tmp_path / f"{run.name}.json"
+        arguments = [quick.get(argument, argument) for argument in run.arguments]
+        assert main([*arguments, "--malloc=default", f"--out={out}"]) == 0
+        found[run.name] = read(out).methods["paca-r64"]
+    assert found["qpaca-70b"].peak is not None
+    assert found["limits-qpaca-70b"].limits[0].longest == 0  # a megabyte holds no process
+    assert found["qpaca-70b"].trained == 3 * 64 * (64 * 3 + 32 * 2 + 176 * 2)  # no model of three layers was made
