@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -169,11 +169,12 @@ class AdaptedWeight:
         self.held = Held()
         self.left_behind = False  # whether the weight was sharded while it held adapted columns, and still has them
         self.changes = 0  # changes of the deltas that torch cannot tell from their tensors
+        self._planned: _Planned | None = None
         self.suspect: int | None = None  # number of an optimizer that may have changed the deltas without a trace
         self._seen: int | None = None  # id of the weight last used
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _seen=None)
+        self.__dict__.update(state, _seen=None, _planned=None)
 
     @property
     def parameter(self) -> Tensor:
@@ -288,10 +289,31 @@ class AdaptedWeight:
 
     def column_write(self, adapters: Sequence[Adapter]) -> ColumnWrite:
         """What is to be written to the weight; after `plan`."""
-        assert self.columns is not None
-        delta, scale = self.columns.combined(adapters)
         columns = self.columns
-        return ColumnWrite(self.matrix, columns.index, columns.base, delta.detach(), scale, columns.first)
+        assert columns is not None
+        delta, scale = columns.combined(adapters)
+        weight = self.parameter
+        write = ColumnWrite(self.oriented(weight), columns.index, columns.base, delta.detach(), scale, columns.first)
+        self._planned = _Planned(weight, adapters, write) if len(adapters) == 1 else None
+        return write
+
+    def planned(self, adapters: Sequence[Adapter]) -> ColumnWrite | None:
+        """Return the last write again if all that it was made of is as it was, so that most steps need no plan."""
+        last, columns = self._planned, self.columns
+        if last is None or last.adapters is not adapters or columns is None:
+            return None
+        weight, write, delta = self.parameter, last.write, adapters[0].delta
+        lasts = (
+            weight is last.weight
+            and weight.data_ptr() == write.weight.data_ptr()
+            and weight.dtype == write.weight.dtype
+            and _holders.get(weight.data_ptr()) is self
+            and columns.base is write.base
+            and columns.covers(adapters, weight)
+            and delta.data_ptr() == write.delta.data_ptr()
+            and delta.dtype == write.delta.dtype
+        )
+        return write if lasts else None
 
     def mark_written(self, adapters: Sequence[Adapter]) -> None:
         """Note that the weight holds these adapters."""
@@ -452,6 +474,14 @@ class AdaptedWeight:
         if self.columns is not None:
             self.columns.apply(fn)
             self._copy_frozen()
+
+
+class _Planned(NamedTuple):
+    """A write, and what it was made of."""
+
+    weight: Tensor  # in its layer's own layout
+    adapters: Sequence[Adapter]
+    write: ColumnWrite
 
 
 # Which weights hold adapted columns, by address.

@@ -220,8 +220,10 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         delta, scale = columns.combined(adapters)
         if trains and self.schedules and (group := self._group(adapters)) is not None:
             return self._forward_group(x, cast_x, group, adapters[0], columns)
-        if self.shared_input is not None and (shared := self.shared_input.output(self, x, cast_x)) is not None:
-            return shared
+        if self.shared_input is not None:
+            shared = self.shared_input.output(self, adapters, x, cast_x)
+            if shared is not None:
+                return shared
         y: Tensor = PacaLinear.apply(  # type: ignore[no-untyped-call]
             cast_x,
             self._gathered(x, cast_x) if trains else None,
@@ -256,9 +258,8 @@ class PacaLayer(nn.Module, BaseTunerLayer):
             self.adapted.step_ops(self.training),
         )
 
-    def trains_resident(self, device: torch.device) -> bool:
-        """Whether a forward on that device would train all active adapters with the columns in the weight."""
-        adapters = self.held_adapters()
+    def trains_resident(self, adapters: Sequence[Adapter], device: torch.device) -> bool:
+        """Whether a forward on that device would train all `held_adapters()` with the columns in the weight."""
         weight = self.adapted.parameter
         return bool(
             adapters
@@ -414,10 +415,15 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         Args:
             adapters: `held_adapters()`.
         """
-        if self.merged or not adapters or not self.adapted.ready(adapters):
+        adapted = self.adapted
+        if self.merged or not adapters:
+            return None
+        if (planned := adapted.planned(adapters)) is not None:
+            return planned
+        if not adapted.ready(adapters):
             return None
         self._plan(adapters)
-        return self.adapted.column_write(adapters) if self.adapted.residency == "resident" else None
+        return adapted.column_write(adapters) if adapted.residency == "resident" else None
 
     @torch.no_grad()
     def check_columns(self, rows: int | None = None, first: int = 0) -> None:

@@ -93,6 +93,8 @@ class MaskedProduct(Function):
             gbias = grad_bias(gy)
         if ctx.needs_input_grad[3]:  # all columns of the weight, of which the mask's entries are taken
             gdelta = ctx.layout.entries(ctx.ops.grad_columns(gy, x, ctx.scale), index)
+            if ctx.held is not None:
+                ctx.held.settled = False
         return gx, None, gbias, gdelta, None, None, None, None, None, None
 
 
@@ -181,7 +183,7 @@ class MaskedLinear(PacaLayer):
         )
         return y
 
-    def trains_resident(self, device: torch.device) -> bool:
+    def trains_resident(self, adapters: Sequence[Adapter], device: torch.device) -> bool:
         """Never together with layers that read the same input: what these share is a gather."""
         return False
 

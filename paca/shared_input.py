@@ -11,7 +11,7 @@ The others find their output on X. They still run as modules, with their hooks; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, cast
 
@@ -22,6 +22,7 @@ from paca.linear import PacaLinears, Reader
 from paca.select import shared_name
 
 if TYPE_CHECKING:
+    from paca.columns import Adapter
     from paca.layer import PacaLayer
 
 logger = logging.getLogger("paca")
@@ -46,11 +47,12 @@ class SharedInput:
         self._left_behind = 0  # how often in a row outputs were not collected
         self._cat: tuple[object, Tensor] | None = None
 
-    def output(self, layer: PacaLayer, x: Tensor, cast_x: Tensor) -> Tensor | None:
+    def output(self, layer: PacaLayer, adapters: Sequence[Adapter], x: Tensor, cast_x: Tensor) -> Tensor | None:
         """Return a layer's output for `x`, (…, out), computing those of the others too; None if it must run alone.
 
         Args:
             layer: one of `layers`; its weight holds what it should.
+            adapters: those that it runs with.
             x: what it was given, (…, in).
             cast_x: the same in the dtype of the GEMM.
         """
@@ -71,22 +73,26 @@ class SharedInput:
                 self.together = False
                 logger.info("paca: %s does not read the same tensor as its neighbours, so each runs alone", layer.name)
                 return None
-        if not self._can_run(cast_x):
-            return None
-        outputs = self._run(cast_x)
+        runs = {id(layer): adapters}
+        for other in self.layers:
+            if other is not layer:
+                runs[id(other)] = other.held_adapters()
+                other.sync(runs[id(other)])
+            if not other.trains_resident(runs[id(other)], cast_x.device):
+                return None
+        outputs = self._run(cast_x, runs)
         mine = outputs.pop(id(layer))[1]
         self._uncollected = set(outputs)
         x._paca_outputs = (now, outputs)  # type: ignore[attr-defined]
         return mine
 
-    def _can_run(self, x: Tensor) -> bool:
-        """Whether all layers are in the usual state of training: resident, fresh, on the input's device."""
-        for layer in self.layers:
-            layer.sync()
-        return all(layer.trains_resident(x.device) for layer in self.layers)
+    def _run(self, x: Tensor, runs: Mapping[int, Sequence[Adapter]]) -> dict[int, tuple[object, Tensor]]:
+        """Return each layer's key and output, by its id.
 
-    def _run(self, x: Tensor) -> dict[int, tuple[object, Tensor]]:
-        """Return each layer's key and output, by its id."""
+        Args:
+            x: what they read, in the dtype of the GEMM.
+            runs: the adapters of each, by its id.
+        """
         readers: list[Reader] = []
         tensors: list[Tensor | None] = []
         ops = self.layers[0].adapted.ops
@@ -95,7 +101,7 @@ class SharedInput:
         for layer, start in zip(self.layers, starts, strict=True):
             columns = layer.adapted.columns
             assert columns is not None
-            delta, scale = columns.combined(layer.held_adapters())
+            delta, scale = columns.combined(runs[id(layer)])
             readers.append(Reader(layer.adapted.matrix, layer.adapted.held, scale, start, start + len(columns.index)))
             tensors += [layer.adapted.bias, delta]
         ys = PacaLinears.apply(x, xs, readers, ops, *tensors)  # type: ignore[no-untyped-call]
