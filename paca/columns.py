@@ -294,7 +294,7 @@ class AdaptedWeight:
         delta, scale = columns.combined(adapters)
         weight = self.parameter
         write = ColumnWrite(self.oriented(weight), columns.index, columns.base, delta.detach(), scale, columns.first)
-        self._planned = _Planned(weight, adapters, write) if len(adapters) == 1 else None
+        self._planned = _Planned(weight, weight.data_ptr(), adapters, write) if len(adapters) == 1 else None
         return write
 
     def planned(self, adapters: Sequence[Adapter]) -> ColumnWrite | None:
@@ -305,9 +305,9 @@ class AdaptedWeight:
         weight, write, delta = self.parameter, last.write, adapters[0].delta
         lasts = (
             weight is last.weight
-            and weight.data_ptr() == write.weight.data_ptr()
-            and weight.dtype == write.weight.dtype
-            and _holders.get(weight.data_ptr()) is self
+            and weight.data_ptr() == last.address
+            and weight.dtype == write.base.dtype
+            and _holders.get(last.address) is self
             and columns.base is write.base
             and columns.covers(adapters, weight)
             and delta.data_ptr() == write.delta.data_ptr()
@@ -480,6 +480,7 @@ class _Planned(NamedTuple):
     """A write, and what it was made of."""
 
     weight: Tensor  # in its layer's own layout
+    address: int  # where its values were
     adapters: Sequence[Adapter]
     write: ColumnWrite
 

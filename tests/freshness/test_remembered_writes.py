@@ -1,0 +1,89 @@
+"""A write that is made again without a plan is what a new plan would make, whatever happened in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import tiny_models as tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import paca
+from paca.columns import AdaptedWeight
+from paca.layer import PacaLayer
+
+
+def other_weight(layer: PacaLayer) -> None:
+    weight = layer.get_base_layer().weight
+    layer.get_base_layer().weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def other_memory(layer: PacaLayer) -> None:
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()
+
+
+def other_delta_memory(layer: PacaLayer) -> None:
+    delta = layer.paca_delta["default"]
+    delta.data = torch.randn_like(delta)
+
+
+def delta_in_float64(layer: PacaLayer) -> None:
+    delta = layer.paca_delta["default"]
+    delta.data = delta.data.double()
+
+
+def delta_in_place(layer: PacaLayer) -> None:
+    layer.paca_delta["default"].data.normal_()
+
+
+def other_columns(layer: PacaLayer) -> None:
+    layer.replace_columns("default", torch.tensor([0, 1, 2]))
+
+
+def other_delta(layer: PacaLayer) -> None:
+    layer.paca_delta["default"] = nn.Parameter(torch.randn_like(layer.paca_delta["default"]))
+
+
+CHANGES: list[Callable[[PacaLayer], object]] = [
+    other_weight,
+    other_memory,
+    other_delta_memory,
+    delta_in_float64,
+    delta_in_place,
+    other_columns,
+    other_delta,
+    lambda layer: layer.set_scale("default", 0.5),
+    lambda layer: layer.bfloat16(),
+    lambda layer: layer.float(),
+    lambda layer: layer.get_base_layer().double(),
+    lambda layer: layer.merge() if not layer.merged else layer.unmerge(),
+    lambda layer: layer.enable_adapters(layer.disable_adapters),
+]
+
+
+def layer_of() -> PacaLayer:
+    return tiny.layers_of(tiny.perturb(tiny.adapted(tiny.mlp(), r=3, task_type=None)))[0]
+
+
+@settings(max_examples=80, deadline=None)
+@given(changes=st.lists(st.sampled_from(range(len(CHANGES))), min_size=1, max_size=6))
+def test_the_weight_holds_what_its_adapter_asks_for(changes: list[int]) -> None:
+    layer = layer_of()
+    paca.refresh(layer)
+    for change in changes:
+        CHANGES[change](layer)
+        paca.refresh(layer)
+        paca.verify(layer)
+
+
+def test_most_writes_need_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, plans = layer_of(), []
+    plan = AdaptedWeight.plan
+    monkeypatch.setattr(AdaptedWeight, "plan", lambda self, adapters: plans.append(self.name) or plan(self, adapters))
+    for _ in range(3):
+        paca.refresh(layer)
+    assert plans == []
