@@ -2,7 +2,7 @@
 # Tests and measures the CUDA backend on a machine with a GPU, from a bare checkout: nothing is installed or downloaded,
 # except from a folder of wheels if there is one.
 #
-#     ci/gpu.sh tests           versions, the tests of the kernels and of the backend, parity with the committed record
+#     ci/gpu.sh tests           versions, the tests of the kernels and of the backend, parity, predicted memory
 #     ci/gpu.sh bench [WORD…]   the strategies, then the GPU suite, most telling runs first; only runs with a WORD if given
 #     ci/gpu.sh all             both
 #
@@ -79,7 +79,10 @@ if [[ $stage != bench ]]; then
             --ignore tests/device/cuda/test_kernels_compile.py
         step every-backend 120 "$PYTHON" -m pytest -q -W default -p no:cacheprovider --backend cuda tests/parity/test_every_backend.py
     fi
-    step parity 120 "$PYTHON" -m paca parity verify --backend "$BACKEND" --json "$OUT/parity.json"
+    # What is compiled takes longest; a step of its own, because one that is stopped has written nothing.
+    step parity 120 "$PYTHON" -m paca parity verify --backend "$BACKEND" --graph eager --graph cuda_graph --json "$OUT/parity.json"
+    step parity-compiled 240 "$PYTHON" -m paca parity verify --backend "$BACKEND" --graph compile --json "$OUT/parity-compiled.json"
+    step estimate 60 "$PYTHON" -m paca.estimate.check --backend "$BACKEND" --dtype bfloat16 --methods lora,paca --json "$OUT/estimate.json"
 fi
 if [[ $stage != tests ]]; then
     if [[ ! -e $RESULTS/strategies/$BACKEND.json && $# == 0 && -z $SIZES ]]; then
