@@ -8,7 +8,7 @@ wrote.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +76,7 @@ class _Recording:
     differentiable: list[bool]  # of each output
     spec: pytree.TreeSpec
     forward: Callable[[], _Tensors]
-    grad_outputs: list[Tensor]  # one for each output that requires a gradient
+    grad_outputs: list[Tensor | None]  # one for each output; None of those that took no gradient in the warm-up
     wanted: list[bool]  # of inputs, then of parameters: whether they get a gradient
     backward: Callable[[], _Tensors]
 
@@ -87,6 +87,9 @@ class _Replay(Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
+        ctx.set_materialize_grads(
+            False
+        )  # a gradient of nothing, of the size of the logits, would be worth a millisecond
         for static, given in zip(recording.inputs, tensors, strict=False):
             static.copy_(given)
         outputs = tuple(output.detach().clone() for output in recording.forward() if output is not None)
@@ -97,11 +100,17 @@ class _Replay(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
         recording = ctx.recording
-        given = [gy for gy, differs in zip(gys, recording.differentiable, strict=True) if differs]
-        for static, gy in zip(recording.grad_outputs, given, strict=True):
-            static.copy_(gy)
+        for number, (static, gy) in enumerate(zip(recording.grad_outputs, gys, strict=True)):
+            if static is not None:
+                static.zero_() if gy is None else static.copy_(gy)
+            elif gy is not None:
+                raise RuntimeError(
+                    f"output {number} of a model that is replayed from CUDA graphs got a gradient, which it did not in "
+                    "the steps before the capture; let the loss depend on the same outputs in each step, or use "
+                    "graph='eager'"
+                )
         found = recording.backward()
         # The graph's own tensors are overwritten by the next replay. Copies are made here in a few launches, which
         # autograd takes as they are; of the graph's own it would make a copy each.
@@ -131,6 +140,7 @@ class GraphedModel(nn.Module):
         self.module = module
         self._record = record
         self._seen: dict[object, int] = {}
+        self._used: dict[object, set[int]] = {}  # the outputs that took a gradient
         self._recordings: dict[object, _Recording] = {}
         self.why_eager: str | None = None  # why nothing is captured any more
 
@@ -142,7 +152,7 @@ class GraphedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs read and write the memory of one process's tensors: a copy captures its own."""
-        return {**self.__dict__, "_seen": {}, "_recordings": {}}
+        return {**self.__dict__, "_seen": {}, "_used": {}, "_recordings": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, from a graph where there is one for these shapes."""
@@ -153,10 +163,12 @@ class GraphedModel(nn.Module):
         key = spec, torch.is_autocast_enabled(), tuple(map(_signature, leaves)), tuple(map(id, trained))
         if key not in self._recordings:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= WARM_UP or not self._may_record():
+            if self._seen[key] <= WARM_UP:
+                return _noting(self.module(*args, **kwargs), self._used.setdefault(key, set()))
+            if not self._may_record():
                 return self.module(*args, **kwargs)
             try:
-                self._recordings[key] = self._capture(leaves, spec, trained)
+                self._recordings[key] = self._capture(leaves, spec, trained, self._used.pop(key))
             except Exception as error:  # whatever it is, the model can still run
                 self._give_up(f"the step cannot be captured ({type(error).__name__}: {error})")
                 torch.cuda.synchronize() if torch.cuda.is_available() else None
@@ -180,8 +192,10 @@ class GraphedModel(nn.Module):
         self._recordings.clear()
         logger.warning("paca: graph='cuda_graph' is off for this model: %s. It runs eagerly from here on.", why)
 
-    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, trained: list[nn.Parameter]) -> _Recording:
-        """Record forward and backward for inputs like these."""
+    def _capture(
+        self, leaves: list[Any], spec: pytree.TreeSpec, trained: list[nn.Parameter], used: set[int]
+    ) -> _Recording:
+        """Record forward and backward for inputs like these, from the outputs `used` or, if that is empty, from all."""
         static = [
             leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
             for leaf in leaves
@@ -200,14 +214,18 @@ class GraphedModel(nn.Module):
 
         def forward() -> _Tensors:
             made, found_spec[:] = _flat(functional_call(self.module, stand_ins, args, kwargs))
-            live[:] = [output for output in made if output.requires_grad]
+            live[:] = [made[number] for number in starts(made)]
             return [*made]
 
+        def starts(outputs: Sequence[Tensor | None]) -> list[int]:
+            differs = [number for number, output in enumerate(outputs) if output is not None and output.requires_grad]
+            return [number for number in differs if number in used] or differs
+
         outputs, replay_forward = self._record(forward)
-        grad_outputs = [torch.empty_like(output) for output in live]
+        begin = {number: torch.empty_like(output) for number, output in zip(starts(outputs), live, strict=True)}
 
         def backward() -> _Tensors:
-            return list(torch.autograd.grad(live, wanted, grad_outputs, allow_unused=True))
+            return list(torch.autograd.grad(live, wanted, list(begin.values()), allow_unused=True))
 
         _, replay_backward = self._record(backward)
         return _Recording(
@@ -215,10 +233,23 @@ class GraphedModel(nn.Module):
             differentiable=[output is not None and output.requires_grad for output in outputs],
             spec=found_spec[0],
             forward=replay_forward,
-            grad_outputs=grad_outputs,
+            grad_outputs=[begin.get(number) for number in range(len(outputs))],
             wanted=[source.requires_grad for source in sources],
             backward=replay_backward,
         )
+
+
+def _noting(output: Any, used: set[int]) -> Any:
+    """Return a module's output, and note which of its tensors take a gradient from outside the module.
+
+    Most models return more than their loss, and a backward from all of it would carry zeros of the size of the logits.
+    """
+    leaves, spec = pytree.tree_flatten(output)
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[number] = leaf.view_as(leaf)  # the leaf itself may lie on the way from the loss to the parameters
+            leaves[number].register_hook(lambda _, number=number: used.add(number))
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _flat(output: Any) -> tuple[list[Tensor], list[pytree.TreeSpec]]:

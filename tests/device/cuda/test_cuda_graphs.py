@@ -161,6 +161,42 @@ def test_after_a_capture_that_failed_another_model_is_captured(gpu, monkeypatch)
     assert torch.randn(3, device=gpu).isfinite().all()  # the generator does not believe in a capture either
 
 
+def test_only_outputs_that_take_gradients_are_differentiated(place, monkeypatch):
+    device, record = place
+    model = model_on(device, monkeypatch)
+    run, ids = GraphedModel(model, record), tokens().to(device)
+
+    def step(use, run=run):
+        made = run(input_ids=ids, labels=ids)
+        model.zero_grad()
+        use(made).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    for _ in range(WARM_UP + 2):
+        found = step(lambda made: made.loss)
+    (recording,) = run._recordings.values()
+    assert [None if grad is None else grad.dim() for grad in recording.grad_outputs] == [0, None]  # loss, logits
+    for a, b in zip(found, step(lambda made: made.loss, model), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match=r"output 1 of a model .* did not in the steps before"):
+        step(lambda made: made.loss + made.logits.square().mean())
+
+
+def test_a_loss_made_of_several_outputs_gets_all_gradients(place, monkeypatch):
+    device, record = place
+    model = model_on(device, monkeypatch)
+    run, ids = GraphedModel(model, record), tokens().to(device)
+    grads = []
+    for one in (*[run] * (WARM_UP + 2), model):
+        made = one(input_ids=ids, labels=ids)
+        model.zero_grad()
+        (made.loss + made.logits.square().mean()).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert run._recordings
+    for a, b in zip(grads[-2], grads[-1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_a_copy_captures_graphs_of_its_own(place, monkeypatch):
     device, record = place
     model = model_on(device, monkeypatch)
