@@ -141,6 +141,8 @@ class GraphedModel(nn.Module):
         self._record = record
         self._seen: dict[object, int] = {}
         self._used: dict[object, set[int]] = {}  # the outputs that took a gradient
+        self._reached: set[int] = set()  # ids of the parameters that got one
+        self._noting: list[Any] = []  # hooks that note them
         self._recordings: dict[object, _Recording] = {}
         self.why_eager: str | None = None  # why nothing is captured any more
 
@@ -152,7 +154,7 @@ class GraphedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs read and write the memory of one process's tensors: a copy captures its own."""
-        return {**self.__dict__, "_seen": {}, "_used": {}, "_recordings": {}}
+        return {**self.__dict__, "_seen": {}, "_used": {}, "_noting": [], "_recordings": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, from a graph where there is one for these shapes."""
@@ -164,7 +166,9 @@ class GraphedModel(nn.Module):
         if key not in self._recordings:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= WARM_UP:
+                self._note_gradients(trained)
                 return _noting(self.module(*args, **kwargs), self._used.setdefault(key, set()))
+            self._note_gradients([])
             if not self._may_record():
                 return self.module(*args, **kwargs)
             try:
@@ -177,6 +181,15 @@ class GraphedModel(nn.Module):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         outputs = _Replay.apply(recording, *tensors, *trained)  # type: ignore[no-untyped-call]
         return pytree.tree_unflatten(outputs, recording.spec)
+
+    def _note_gradients(self, trained: Sequence[nn.Parameter]) -> None:
+        """Note in the next backward which of these get a gradient."""
+        for handle in self._noting:
+            handle.remove()
+        reached = self._reached
+        self._noting = [
+            parameter.register_post_accumulate_grad_hook(lambda done: reached.add(id(done))) for parameter in trained
+        ]
 
     def _may_record(self) -> bool:
         if len(self._recordings) < MOST_GRAPHS:
@@ -227,7 +240,13 @@ class GraphedModel(nn.Module):
         def backward() -> _Tensors:
             return list(torch.autograd.grad(live, wanted, list(begin.values()), allow_unused=True))
 
-        _, replay_backward = self._record(backward)
+        gradients, replay_backward = self._record(backward)
+        of_trained = zip(stand_ins, trained, gradients[len(gradients) - len(trained) :], strict=True)
+        if lost := [name for name, source, grad in of_trained if grad is None and id(source) in self._reached]:
+            raise RuntimeError(
+                f"{lost[0]} and {len(lost) - 1} others would get no gradient; recompute with use_reentrant=False, if "
+                "activations are recomputed"
+            )
         return _Recording(
             inputs=inputs,
             differentiable=[output is not None and output.requires_grad for output in outputs],

@@ -13,6 +13,7 @@ import pickle
 import pytest
 import torch
 from tiny_models import adapted, llama, tokens
+from torch.utils.checkpoint import checkpoint
 
 import paca
 from paca import registry
@@ -180,6 +181,26 @@ def test_only_outputs_that_take_gradients_are_differentiated(place, monkeypatch)
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
     with pytest.raises(RuntimeError, match=r"output 1 of a model .* did not in the steps before"):
         step(lambda made: made.loss + made.logits.square().mean())
+
+
+def test_a_graph_that_would_lose_gradients_is_not_used(place, monkeypatch, caplog):
+    """Reentrant recomputation gives gradients to parameters that autograd does not know of beforehand."""
+    device, record = place
+    model = model_on(device, monkeypatch)
+    model.enable_input_require_grads()
+    layers = model.base_model.model.model.layers
+    for layer in layers:
+        inner = layer.forward
+        layer.forward = lambda x, inner=inner, **rest: checkpoint(lambda x: inner(x, **rest), x, use_reentrant=True)
+    run = GraphedModel(model, record)
+    with caplog.at_level(logging.WARNING, logger="paca"):
+        train(model, run, device)
+    assert "would get no gradient; recompute with use_reentrant=False" in caplog.text
+    assert run._recordings == {}
+    ids = tokens().to(device)
+    model.zero_grad()
+    run(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_loss_made_of_several_outputs_gets_all_gradients(place, monkeypatch):
