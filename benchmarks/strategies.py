@@ -49,13 +49,13 @@ class Sizes(NamedTuple):
 def tensor_steps(backend: Backend, r: int, dtype: torch.dtype, sizes: Sizes) -> dict[str, dict[str, Call]]:
     """Return a call for each strategy of each kind, by kind and name."""
     device, (tokens, inputs, outputs) = backend.device(), sizes
-    make = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
 
     def random_tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=make).to(device, of)
+        return torch.randn(shape, dtype=of, device=device)
 
     x, gy = random_tensor(tokens, inputs), random_tensor(tokens, outputs)
-    index = torch.randperm(inputs, generator=make)[:r].sort().values.to(device)
+    index = torch.randperm(inputs)[:r].sort().values.to(device)
     xs = x[:, index].contiguous()
     base, delta = random_tensor(outputs, r), random_tensor(outputs, r, of=torch.float32)
     writes = [ColumnWrite(random_tensor(outputs, inputs), index, base, delta, 2.0) for _ in range(LAYERS)]
@@ -112,25 +112,63 @@ def quantised_steps(
     }
 
 
-def clock_of(backend: Backend) -> Callable[[], float]:
-    """The process's own seconds where one thread does all the work, so that others' work is not in them."""
+PRODUCTS_AHEAD = 10  # that a device works on for a millisecond or two
+
+
+def clock_of(backend: Backend) -> str:
+    """The device's clock where it has one; else the process's own, where one thread does all the work, or the wall's.
+
+    The process's leaves out the work of others.
+    """
+    if backend.event() is not None:
+        return "device"
     alone = backend.device().type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
+    return "process_time" if alone else "perf_counter"
+
+
+def stopwatch(backend: Backend) -> Callable[[Call], float]:
+    """Return a function that runs a call and returns its seconds.
+
+    With a device's clock the host's time is left out: the device has other work until all of the call is in its queue.
+    """
+    if clock_of(backend) != "device":
+        clock: Callable[[], float] = getattr(time, clock_of(backend))
+
+        def on_host(call: Call) -> float:
+            backend.synchronize()
+            start = clock()
+            call()
+            backend.synchronize()
+            return clock() - start
+
+        return on_host
+
+    other = torch.zeros(4096, 4096, dtype=torch.bfloat16, device=backend.device())
+
+    def on_device(call: Call) -> float:
+        start, end = backend.event(), backend.event()
+        assert start is not None
+        assert end is not None
+        for _ in range(PRODUCTS_AHEAD):
+            other @ other
+        start.record()
+        call()
+        end.record()
+        backend.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    return on_device
 
 
 def measure(backend: Backend, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each call in each round; a round is one timed call of each, after an untimed one."""
     order, times = list(calls), {name: list[float]() for name in calls}
-    clock = clock_of(backend)
+    seconds = stopwatch(backend)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             calls[name]()
-            backend.synchronize()
-            start = clock()
-            calls[name]()
-            backend.synchronize()
-            times[name].append(clock() - start)
+            times[name].append(seconds(calls[name]))
     return times
 
 
@@ -160,7 +198,7 @@ def record(backend: Backend, rounds: int, sizes: Sizes, only: Collection[str] = 
         "paca": paca.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rounds": rounds,
-        "clock": clock_of(backend).__name__,
+        "clock": clock_of(backend),
         "sizes": sizes._asdict(),
         "defaults": backend.strategies,
         "results": results,

@@ -90,7 +90,7 @@ if [[ $stage != tests ]]; then
     if [[ ! -e $RESULTS/strategies/$BACKEND.json && $# == 0 && -z $SIZES ]]; then
         mkdir -p "$RESULTS/strategies"
         step strategies 90 "$PYTHON" benchmarks/strategies.py --backend "$BACKEND" --rounds 20 \
-            --tokens 4096 --inputs 4096 --outputs 14336 --out "$RESULTS/strategies/$BACKEND.json"
+            --only gather --only grad_columns --only write --tokens 4096 --inputs 4096 --outputs 14336 --out "$RESULTS/strategies/$BACKEND.json"
     fi
     left=$("$PYTHON" -c "print(max(0, $end - $SECONDS - 40) / 60)")
     if [[ $left != 0.0 ]]; then
