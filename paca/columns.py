@@ -392,12 +392,13 @@ class AdaptedWeight:
 
     def holds(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> bool:
         """Whether the weight's columns are what they should be, bit for bit; of every so manieth row if `rows`."""
-        write = self.column_write(adapters)
-        stride = 1 if rows is None else math.ceil(len(write.base) / rows)
-        some = slice(first % stride, None, stride)
-        found = write.weight[some].index_select(1, write.index)
-        wanted = adapted_columns(write.base[some], write.delta[some], write.scale)
-        return torch.equal(found.nan_to_num(), wanted.nan_to_num())
+        write = self.planned(adapters) or self.column_write(adapters)
+        weight, base, delta = write.weight, write.base, write.delta
+        if rows is not None and rows < len(base):
+            stride = math.ceil(len(base) / rows)
+            weight, base, delta = (each[first % stride :: stride] for each in (weight, base, delta))
+        found, wanted = weight.index_select(1, write.index), adapted_columns(base, delta, write.scale)
+        return torch.equal(found, wanted) or torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
     def check(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> None:
         """Compare the weight's columns with what they should be, bit for bit.
