@@ -114,10 +114,21 @@ class _Replay(Function):
         found = recording.backward()
         # The graph's own tensors are overwritten by the next replay. Copies are made here in a few launches, which
         # autograd takes as they are; of the graph's own it would make a copy each.
-        real = [grad for grad in found if grad is not None]
-        copies = iter(torch._foreach_mul(real, 1.0) if real else [])
-        each = iter([None if grad is None else next(copies) for grad in found])
+        each = iter(_copies(found))
         return None, *(next(each) if wanted else None for wanted in recording.wanted)
+
+
+def _copies(tensors: _Tensors) -> _Tensors:
+    """Copy tensors in a launch or two for each dtype; lists of several are copied one by one."""
+    made: _Tensors = [None] * len(tensors)
+    by_dtype: dict[torch.dtype, dict[int, Tensor]] = {}
+    for number, tensor in enumerate(tensors):
+        if tensor is not None:
+            by_dtype.setdefault(tensor.dtype, {})[number] = tensor
+    for some in by_dtype.values():
+        for number, copied in zip(some, torch._foreach_mul(list(some.values()), 1.0), strict=True):
+            made[number] = copied
+    return made
 
 
 class GraphedModel(nn.Module):
