@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import adapted, layers_of, llama, perturb, recompute, tokens, train
+from tiny_models import adapted, layers_of, llama, perturb, recompute, tokens
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -190,7 +190,7 @@ def test_evaluation_has_the_bits_of_the_base_model_and_training_is_close_to_it(p
 def test_the_weight_is_given_back_bit_for_bit(place, monkeypatch):
     before = llama(torch.bfloat16).state_dict()
     model = model_on(place, monkeypatch)
-    train(model)
+    train_on(place, model)
     for name, value in model.unload().state_dict().items():
         assert torch.equal(value.cpu(), before[name])
 
