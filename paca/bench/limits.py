@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from paca.bench.environment import exact_environment
 from paca.bench.methods import parse_methods
-from paca.bench.result import Limit
+from paca.bench.result import Limit, Sample
 from paca.bench.setting import Setting
 from paca.bench.shapes import Shape
 
@@ -88,32 +88,38 @@ def search(build: Callable[[], Contestant], shape: Shape, cap: int) -> Limit:
     except torch.OutOfMemoryError:  # the weights alone are too much
         return Limit(cap, 0, 0, 0.0)
     backend = contestant.backend
+    clock = "wall" if backend.event() is None else "device"
     has_state = False
 
-    def trains(sized: Shape) -> bool:
+    def trained(sized: Shape, steps: int) -> list[Sample] | None:
+        """Train some steps; None if the memory does not suffice. Each size finds the memory as the first one did."""
         nonlocal has_state
+        contestant.x = contestant.gy = torch.empty(0)
+        backend.release_memory()
         backend.reset_peak_memory()
         try:
             contestant.resize(sized)
-            # The second step finds the optimizer's state in place, which the first one makes; later sizes have it.
-            for _ in range(1 if has_state else 2):
-                contestant.step()
-            has_state = True
+            samples = [contestant.step() for _ in range(steps)]
         except torch.OutOfMemoryError:
             contestant.model.zero_grad()
-            contestant.x = contestant.gy = torch.empty(0)
-            return False
-        return backend.memory().peak <= cap
+            return None
+        has_state = True
+        return samples if backend.memory().peak <= cap else None
 
-    longest = largest_that_fits(lambda tokens: trains(replace(shape, batch=1, tokens=tokens)), shape.tokens)
-    largest = largest_that_fits(lambda batch: trains(replace(shape, batch=batch)), 1)
-    if not largest:
+    def fits(sized: Shape) -> bool:
+        # The second step finds the optimizer's state in place, which the first one makes; later sizes have it.
+        return trained(sized, 1 if has_state else 2) is not None
+
+    longest = largest_that_fits(lambda tokens: fits(replace(shape, batch=1, tokens=tokens)), shape.tokens)
+    largest = largest_that_fits(lambda batch: fits(replace(shape, batch=batch)), 1)
+    # Only several steps show whether what one leaves in pieces suffices for the next.
+    samples = None
+    while largest and (samples := trained(replace(shape, batch=largest), 1 + TIMED_STEPS)) is None:
+        largest -= 1
+    if samples is None:
         return Limit(cap, longest, 0, 0.0)
-    sized = replace(shape, batch=largest)
-    contestant.resize(sized)
-    clock = "wall" if backend.event() is None else "device"
-    seconds = statistics.median(contestant.step().seconds("step", clock) for _ in range(TIMED_STEPS))
-    return Limit(cap, longest, largest, round(sized.tokens_per_step / seconds, 1))
+    seconds = statistics.median(sample.seconds("step", clock) for sample in samples[1:])
+    return Limit(cap, longest, largest, round(largest * shape.tokens / seconds, 1))
 
 
 def _main(task: str) -> None:

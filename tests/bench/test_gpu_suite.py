@@ -139,6 +139,30 @@ def test_a_batch_that_runs_out_of_memory_is_too_large(monkeypatch: pytest.Monkey
     assert (found.longest, found.largest) == (4 * TINY.tokens, 4)
 
 
+def test_a_batch_that_runs_out_of_memory_in_a_later_step_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an allocator whose free memory lies in pieces."""
+    made = contestant("paca-r8")
+    step, resize, steps = made.step, made.resize, 0
+
+    def resized(shape: Shape) -> None:
+        nonlocal steps
+        steps = 0
+        resize(shape)
+
+    def limited() -> object:
+        nonlocal steps
+        steps += 1
+        if made.x.numel() > (4 if steps < 3 else 2) * TINY.tokens * TINY.hidden:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step()
+
+    monkeypatch.setattr(made, "step", limited)
+    monkeypatch.setattr(made, "resize", resized)
+    found = search(lambda: made, TINY, cap=1 << 60)
+    assert (found.longest, found.largest) == (4 * TINY.tokens, 2)
+    assert found.tokens_per_second > 0
+
+
 def test_the_plan_covers_sizes_settings_and_limits_and_every_command_is_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
