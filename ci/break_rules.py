@@ -584,8 +584,8 @@ BREAKS = [
     Break(
         "CUDA graphs: a capture launches a kernel that is not loaded",
         "backends/paca_cuda/ops.py",
-        "    return tiling if loaded else None\n",
-        "    return tiling\n",
+        "        return tiling if loaded else None\n",
+        "        return tiling\n",
         "tests/device/cuda/test_grad_columns_kernel.py",
     ),
     Break(

@@ -221,14 +221,16 @@ def _tiling_for(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Tili
             decided[problem] = tiling
     if tiling is None or only_triton or gy.numel() > LAUNCH_BOUND:
         return tiling
-    # All that Triton compiles a kernel anew for. The first time it is launched nevertheless: it must be loaded before a
-    # graph is captured, because a capture that loads a kernel is refused.
+    # All that Triton compiles a kernel anew for. It is launched once, for nothing but to be there when a graph is
+    # captured: a capture that loads a kernel is refused.
     launch = problem, len(gy), gy.stride(), xs.stride(), gy.data_ptr() % 16, xs.data_ptr() % 16
     loaded = launch in _loaded
-    if not torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
+        return tiling if loaded else None
+    if not loaded:
+        tiled_grad_columns(gy, xs, scale, tiling)
         _loaded.add(launch)
-        return None if loaded else tiling
-    return tiling if loaded else None
+    return None
 
 
 _loaded: set[object] = set()
