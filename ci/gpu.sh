@@ -81,7 +81,7 @@ if [[ $stage != bench ]]; then
     modes=(--graph eager)
     [[ $BACKEND == cuda ]] && modes+=(--graph cuda_graph)
     step parity 120 "$PYTHON" -m paca parity verify --backend "$BACKEND" "${modes[@]}" --json "$OUT/parity.json"
-    step estimate 60 "$PYTHON" -m paca.estimate.check --backend "$BACKEND" --dtype bfloat16 --methods lora,paca --json "$OUT/estimate.json"
+    step estimate 90 "$PYTHON" -m paca.estimate.check --backend "$BACKEND" --dtype bfloat16 --methods lora,paca --json "$OUT/estimate.json"
     if [[ $BACKEND == cuda ]]; then # what is compiled takes longest, and is shown as it comes
         # shellcheck disable=SC2086
         step compiled 180 "$PYTHON" -m pytest -v -W default -p no:cacheprovider $workers --backend cuda -k compile \
