@@ -21,7 +21,7 @@ LOCK := requirements/constraints.txt
 PIP_INSTALL := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-quantisers test-gaudi environments gaudi-report lint format types build check-dist bench lock setup clean
+.PHONY: help demo test test-kernels test-quantisers test-gaudi gaudi-report lint format types build check-dist bench lock setup setup-quantisers setup-gaudi clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' Makefile
@@ -39,9 +39,6 @@ test-kernels: $(VENV)/.kernels ## test the CUDA backend's Triton kernels: interp
 
 test-quantisers: $(VENV)/.quantisers ## test on layers that HQQ and gptqmodel (GPTQ, AWQ) make, on the CPU
 	PYTHONPATH=$(VENV)/quantisers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -W ignore::ResourceWarning tests/quantised/test_hqq_gptq_awq.py $(ARGS)
-
-environments: $(VENV)/.quantisers ## install what test-quantisers and test-gaudi take beside the environment
-	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh --install "$(VENV)"
 
 test-gaudi: $(VENV)/.installed ## run the real GaudiTrainer on a stand-in and on an emulated device, in an environment of its own
 	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh "$(VENV)"
@@ -76,6 +73,11 @@ lock: $(VENV)/.installed ## write requirements/constraints.txt anew from pyproje
 	PATH="$(abspath $(BIN)):$$PATH" requirements/lock.sh $(ARGS)
 
 setup: $(VENV)/.quickstart ## make the virtual environment and install everything into it, pinned
+
+setup-quantisers: $(VENV)/.quantisers ## install what test-quantisers takes beside it
+
+setup-gaudi: $(VENV)/torch.txt ## make the environment of test-gaudi
+	TORCH_INDEX="$(TORCH_INDEX)" ci/hpu.sh --install "$(VENV)"
 
 clean: ## remove .venv, what was built and what tools have cached
 	rm -rf .venv .cache dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+at_once=(make --no-print-directory --jobs=2 --output-sync=target)
+
 stage() {
     local title=$1 began=$SECONDS
     shift
@@ -15,9 +17,9 @@ stage() {
     printf '==> %s: passed in %d s\n' "$title" $((SECONDS - began))
 }
 
-stage "Set-up" make --no-print-directory setup
+stage "Set-up" "${at_once[@]}" setup setup-gaudi
 stage "Lint" make --no-print-directory lint
-stage "Types, distribution and further environments" make --no-print-directory -j2 --output-sync=target types check-dist environments
+stage "Types and distribution" "${at_once[@]}" types check-dist setup-quantisers
 stage "Tests" make --no-print-directory test
 stage "Other quantisers" make --no-print-directory test-quantisers
 stage "Gaudi without a Gaudi" make --no-print-directory test-gaudi
