@@ -87,9 +87,7 @@ class _Replay(Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
-        ctx.set_materialize_grads(
-            False
-        )  # a gradient of nothing, of the size of the logits, would be worth a millisecond
+        ctx.set_materialize_grads(False)  # zeros of the size of the logits take a millisecond
         for static, given in zip(recording.inputs, tensors, strict=False):
             static.copy_(given)
         outputs = tuple(output.detach().clone() for output in recording.forward() if output is not None)
@@ -155,7 +153,7 @@ class GraphedModel(nn.Module):
         self._reached: set[int] = set()  # ids of the parameters that got one
         self._noting: list[Any] = []  # hooks that note them
         self._recordings: dict[object, _Recording] = {}
-        self.why_eager: str | None = None  # why nothing is captured any more
+        self.why_eager: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -165,7 +163,7 @@ class GraphedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs read and write the memory of one process's tensors: a copy captures its own."""
-        return {**self.__dict__, "_seen": {}, "_used": {}, "_noting": [], "_recordings": {}}
+        return {**self.__dict__, "_seen": {}, "_used": {}, "_reached": set(), "_noting": [], "_recordings": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, from a graph where there is one for these shapes."""

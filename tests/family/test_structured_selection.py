@@ -10,8 +10,8 @@ import tiny_models as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import Operations
 from peft import PeftModel, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
@@ -174,18 +174,6 @@ def test_an_adapter_on_reordered_rows_is_refused(other: dict[str, Any]) -> None:
     model = tiny.adapted(tiny.llama(), copermute=True, **S2FT)
     with pytest.raises(ValueError, match="was reordered by an adapter with copermute"):
         model.add_adapter("other", tiny.config(**other))
-
-
-class Operations(TorchDispatchMode):
-    """Names the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_side_by_side_columns_are_neither_gathered_nor_scattered_by_index() -> None:

@@ -80,6 +80,18 @@ def test_the_weight_holds_what_its_adapter_asks_for(changes: list[int]) -> None:
         paca.verify(layer)
 
 
+def test_a_weight_that_is_sharded_where_it_lies_is_left() -> None:
+    """Another parameter, in the same memory."""
+    layer = layer_of()
+    paca.refresh(layer)
+    shard = nn.Parameter(layer.get_base_layer().weight.detach(), requires_grad=False)
+    shard._fsdp_flattened = True  # type: ignore[attr-defined]
+    layer.get_base_layer().weight = shard
+    with pytest.warns(UserWarning, match="the weight is sharded"):
+        paca.refresh(layer)
+    assert layer.residency == "swap"
+
+
 def test_most_writes_need_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, plans = layer_of(), []
     plan = AdaptedWeight.plan

@@ -12,8 +12,8 @@ import pickle
 
 import pytest
 import torch
+from operations import Operations
 from tiny_models import adapted, llama, tokens
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import paca
@@ -237,23 +237,13 @@ def test_a_copy_captures_graphs_of_its_own(place, monkeypatch):
 def test_copies_of_gradients_are_made_for_each_dtype_at_once():
     """In a list of several dtypes torch launches a kernel for each tensor."""
     given = [torch.ones(2), None, torch.ones(3).bfloat16(), torch.arange(4.0)]
-    with Counted() as calls:
+    with Operations() as calls:
         made = _copies(given)
     assert calls.names == ["_foreach_mul", "_foreach_mul"]
     assert made[1] is None
     assert all(
         torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(made, given, strict=True) if b is not None
     )
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_evaluation_runs_as_usual(place, monkeypatch):

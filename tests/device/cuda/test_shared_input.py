@@ -9,9 +9,9 @@ import copy
 
 import pytest
 import torch
+from operations import Operations
 from tiny_models import adapted, layers_of, llama, perturb, recompute, tokens, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import paca
@@ -25,18 +25,6 @@ PLAIN = {"grad_columns": "matmul", "write": "index_copy"}
 def made(monkeypatch, shared_input, base=None, **config):
     monkeypatch.setattr(registry, "_current", CUDABackend(shared_input=shared_input, **PLAIN))
     return adapted(llama() if base is None else base, **config)
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations that reach the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def gradients(model, **kwargs):
@@ -66,7 +54,7 @@ def test_a_block_gathers_once_for_each_input_and_adds_no_gradients_of_its_size(m
     for how in ("together", "alone"):
         model = made(monkeypatch, how, share_columns=share_columns)
         block, x = model.base_model.model.model.layers[0].self_attn, torch.randn(2, 5, 32, requires_grad=True)
-        with Calls() as calls:
+        with Operations() as calls:
             torch.autograd.backward(
                 [block.q_proj(x), block.k_proj(x), block.v_proj(x)], [torch.randn(2, 5, n) for n in (32, 16, 16)]
             )

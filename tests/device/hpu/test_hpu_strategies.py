@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import Operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import paca
 from paca.columns import runs_of
@@ -22,18 +22,6 @@ from paca_hpu.cost import gather_table, one_hot_is_cheaper, overhead_table
 from paca_hpu.gathers import gather_by_cost, gather_one_hot
 
 READS_BACK = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "min", "max"}
-
-
-class Operations(TorchDispatchMode):
-    """Names the operations that reach the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function._schema.name.split("::")[1])
-        return function(*args, **(kwargs or {}))
 
 
 @settings(max_examples=60, deadline=None)
