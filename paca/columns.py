@@ -451,14 +451,15 @@ class AdaptedWeight:
     def pretrained_into(self, weight: Tensor) -> None:
         """Write the pretrained columns to a tensor of the weight's layout."""
         if self.is_adapted and self.columns is not None:
-            self.oriented(weight).index_copy_(1, self.columns.index, self.columns.base)
+            # The layer alone may have been cast while it was merged.
+            self.oriented(weight).index_copy_(1, self.columns.index, self.columns.base.to(weight.dtype))
 
     def pretrained(self) -> Tensor:
         """Return the pretrained weight, (out, in); a copy if it holds adapted columns now."""
         weight = self.matrix.detach()
         if not self.is_adapted or self.columns is None:
             return weight
-        return weight.index_copy(1, self.columns.index, self.columns.base)
+        return weight.index_copy(1, self.columns.index, self.columns.base.to(weight.dtype))
 
     def pretrained_columns(self, index: Tensor) -> Tensor:
         """Return a copy of some pretrained columns, (out, r), whatever the weight holds now."""

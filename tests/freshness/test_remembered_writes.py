@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import tiny_models as tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -65,12 +65,16 @@ CHANGES: list[Callable[[PacaLayer], object]] = [
 ]
 
 
+MERGE, CAST = 11, 10  # of these: merge or unmerge; cast the layer below alone
+
+
 def layer_of() -> PacaLayer:
     return tiny.layers_of(tiny.perturb(tiny.adapted(tiny.mlp(), r=3, task_type=None)))[0]
 
 
 @settings(max_examples=80, deadline=None)
 @given(changes=st.lists(st.sampled_from(range(len(CHANGES))), min_size=1, max_size=6))
+@example(changes=[MERGE, CAST, MERGE])
 def test_the_weight_holds_what_its_adapter_asks_for(changes: list[int]) -> None:
     layer = layer_of()
     paca.refresh(layer)
