@@ -37,6 +37,10 @@ class FrozenProducts(Protocol):
     `weight` is the layer's own, (out, in), and holds the trained columns.
     """
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Return all that is kept for the copy, beside the weight itself."""
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return Y, (…, out)."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from paca.backend import Ops
+from paca.backend import FrozenProducts, Ops
 from paca.errors import StaleColumnsError
 from paca.fingerprint import fingerprint
 from paca.linear import Held, columns_in
@@ -124,7 +124,8 @@ class Columns(ColumnSet):
 
     Attributes:
         base: (out, u) in the weight's dtype.
-        ops: the operations of a training step where a copy of the frozen part makes the products.
+        products: the products of a training step, where the backend makes them with a copy of the frozen part.
+        ops: then the operations of that step.
 
     Args:
         adapters: at least one.
@@ -138,6 +139,7 @@ class Columns(ColumnSet):
         super().__init__(adapters, runs_to_slice)
         with torch.inference_mode(False):
             self.base = pretrained(self.index)
+        self.products: FrozenProducts | None = None
         self.ops: Ops | None = None
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -275,7 +277,7 @@ class AdaptedWeight:
         if columns is None or ops.copy_frozen is None or self.residency != "resident":
             return
         with torch.inference_mode(False), torch.no_grad():
-            products = ops.copy_frozen(self.matrix.detach(), columns.index)
+            columns.products = products = ops.copy_frozen(self.matrix.detach(), columns.index)
         if products is not None:
             columns.ops = replace(ops, forward=products.forward, grad_input=products.grad_input)
         else:

@@ -51,6 +51,11 @@ class Float8Products:
     by_rows: tuple[Tensor, Tensor]
     by_columns: tuple[Tensor, Tensor]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is kept beside the weight."""
+        return *self.by_rows, *self.by_columns
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return Y, (…, out), in the dtype of `x`; `weight` holds the trained columns."""
         if not x.numel():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paca.bench.result import Kept
+from paca.layer import PacaLayer
 
 
 def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module) -> Kept:
@@ -16,14 +17,15 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
 
     Every tensor that autograd saves counts with its whole storage, since a saved view keeps all of it; a storage counts
     once however often it is saved. Tensors that an autograd function holds on its context without telling autograd
-    count too. The model's own parameters and buffers do not: they live anyway.
+    count too. The model's own parameters and buffers do not, nor a backend's copies of weights: they live anyway.
 
     Args:
         forward: returns a tensor with a graph.
-        model: whose parameters and buffers are left out.
+        model: whose own tensors are left out.
         layer: one of its layers; what it saves first is counted apart.
     """
-    own = {_address(part) for tensor in [*model.parameters(), *model.buffers()] for part in _dense_parts(tensor)}
+    living = [*model.parameters(), *model.buffers(), *_copies_of_weights(model)]
+    own = {_address(part) for tensor in living for part in _dense_parts(tensor)}
     saved: dict[int, Tensor] = {}
     saved_by_layer: dict[int, Tensor] = {}
     inside = False
@@ -55,6 +57,13 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
     for tensor in _held_on_contexts(output):
         note(tensor)
     return Kept(total=_bytes(saved), layer=_bytes(saved_by_layer))
+
+
+def _copies_of_weights(model: nn.Module) -> Iterator[Tensor]:
+    for layer in model.modules():
+        columns = layer.adapted.columns if isinstance(layer, PacaLayer) else None
+        if columns is not None and columns.products is not None:
+            yield from columns.products.tensors
 
 
 def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -117,9 +117,12 @@ class PacaStandIn(nn.Module):
         drawn_as: layers of one name that read the same input have the same columns, and share one gather.
         dtype: of the kept columns, that of the GEMM.
         swap: whether the columns are put in around each GEMM instead of living in the weight.
+        float8_gemm: whether the frozen weight has copies in float8 for its two products.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, drawn_as: str, dtype: torch.dtype, swap: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, r: int, drawn_as: str, dtype: torch.dtype, swap: bool, float8_gemm: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer, self.drawn_as, self.swap = base_layer, drawn_as, swap
         out = base_layer.nf if isinstance(base_layer, Conv1D) else cast(nn.Linear, base_layer).out_features
@@ -127,6 +130,9 @@ class PacaStandIn(nn.Module):
         self.register_buffer("paca_indices", torch.zeros(r, dtype=torch.int64))
         if not isinstance(base_layer, FrozenLinear):  # a quantised weight is never written
             self.register_buffer("base_columns", torch.empty(out, r, dtype=dtype))
+            size, sides = cast(Tensor, base_layer.weight).numel(), sum(cast(Tensor, base_layer.weight).shape)
+            if float8_gemm and not swap:
+                self.register_buffer("copies", torch.empty(2 * size + 4 * sides, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`, (…, in)."""

@@ -24,11 +24,13 @@ class Method:
         family: "paca" or "lora".
         weight_format: of the frozen linears: "none", "nf4", "int8" or "fp8".
         low: whether LoRA's adapters are in the GEMM's dtype instead of PEFT's default, float32.
+        float8_gemm: whether PaCA's backend multiplies dense weights in float8, for which it copies them twice.
     """
 
     family: str
     weight_format: str = "none"
     low: bool = False
+    float8_gemm: bool = False
 
     def label(self, dtype: torch.dtype) -> str:
         """Name it in a table, with the dtypes that set it apart.
@@ -55,7 +57,13 @@ METHODS = {
 
 def method_of(recipe: Recipe) -> Method:
     """The method that a recipe trains with."""
-    return replace(METHODS["paca"], weight_format=recipe.run.quantization)
+    return as_recipe(METHODS["paca"], recipe, recipe.run.quantization)
+
+
+def as_recipe(method: Method, recipe: Recipe, weight_format: str) -> Method:
+    """Return a method with this format of weights and, where that leaves the choice, the recipe's GEMM."""
+    asked = method.family == "paca" and weight_format == "none" and (recipe.run.strategies or {}).get("gemm") == "fp8"
+    return replace(method, weight_format=weight_format, float8_gemm=asked)
 
 
 def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype) -> Any:
@@ -73,7 +81,7 @@ def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype
         _quantise(model, method.weight_format, dtype)
     if method.family == "lora":
         return _with_lora(model, method, settings, dtype)
-    _with_columns(model, targets, settings, dtype)
+    _with_columns(model, targets, settings, dtype, method.float8_gemm)
     if settings.bias == "all":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad or name.endswith(".bias"))
@@ -82,7 +90,7 @@ def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype
     return model
 
 
-def _with_columns(model: Any, targets: list[str], settings: PacaConfig, dtype: torch.dtype) -> None:
+def _with_columns(model: Any, targets: list[str], settings: PacaConfig, dtype: torch.dtype, float8_gemm: bool) -> None:
     layers = {name: model.get_submodule(name) for name in targets}
     tied = {id(weight) for weight in _tied_weights(model)}
     for name, layer in layers.items():
@@ -92,7 +100,7 @@ def _with_columns(model: Any, targets: list[str], settings: PacaConfig, dtype: t
         stand_in: nn.Module = (
             MaskStandIn(layer, rank, dtype, swap)
             if settings.masked
-            else PacaStandIn(layer, rank, drawn_as, dtype, swap)
+            else PacaStandIn(layer, rank, drawn_as, dtype, swap, float8_gemm)
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, stand_in)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from paca.estimate.prediction import estimate
 from paca.recipe import Recipe, read_recipe
@@ -63,6 +65,20 @@ def test_quantised_weights_take_a_quarter_and_keep_no_columns(llama: Path) -> No
     dense, quantised = (told(llama, "--quantization", kind).memory.at_peak for kind in ("none", "nf4"))
     assert quantised["weights"] < 0.5 * dense["weights"]  # embeddings and head stay as they are
     assert quantised["columns"] < dense["columns"]
+
+
+def test_copies_in_float8_count_as_weights(llama: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    targets = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not base.lm_head]
+    copies = sum(2 * linear.weight.numel() + 4 * sum(linear.weight.shape) for linear in targets)
+    for residency, more in (("resident", copies), ("swap", 0)):
+        plain = recipe_for(llama, "--residency", residency)
+        float8 = replace(plain, run=replace(plain.run, strategies={"gemm": "fp8"}))  # refused where no backend has it
+        found = [estimate(recipe, AutoConfig.from_pretrained(llama), LENGTH) for recipe in (plain, float8)]
+        weights = [one.memory.at_peak["weights"] for one in found if one.memory is not None]
+        assert weights[1] - weights[0] == more
 
 
 def test_gradients_of_earlier_batches_are_there_all_the_time(llama: Path) -> None:

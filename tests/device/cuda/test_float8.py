@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import paca
 from paca import registry
+from paca.bench.kept import count_kept
 from paca.errors import BackendUnavailableError
 from paca.layer import PacaLayer
 from paca_cuda import CUDABackend
@@ -164,13 +165,13 @@ class layer_free:
 
 def test_an_optimizer_step_needs_no_new_quantisation_and_the_next_forward_sees_it(place):
     layer = layer_on(place)
-    products = layer.adapted.columns.ops.forward.__self__
+    products = layer.adapted.columns.products
     x, gy = torch.randn(4, 48, device=place).bfloat16(), torch.randn(4, 32, device=place).bfloat16()
     optimizer = torch.optim.SGD([layer.paca_delta["default"]], lr=1.0)
     before = step(layer, x, gy)[0]
     optimizer.step()
     after = step(layer, x, gy)[0]
-    assert layer.adapted.columns.ops.forward.__self__ is products
+    assert layer.adapted.columns.products is products
     index, update = layer.paca_indices["default"], layer.paca_delta["default"] * layer.scaling["default"]
     change = x[:, index].double() @ update.detach().double().t()
     assert torch.allclose((after - before).double(), change, atol=0.02 * float(change.abs().max()))
@@ -241,7 +242,7 @@ def test_a_moved_or_copied_layer_has_its_own_copy(place):
     for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert all(torch.equal(a, b) for a, b in zip(step(other, x, gy), expected, strict=True))
     moved = layer.to(torch.float32)
-    assert moved.adapted.columns.ops.forward.__self__.by_rows[0].device.type == place.type
+    assert moved.adapted.columns.products.by_rows[0].device.type == place.type
     assert step(moved, x.float(), gy.float())[0].dtype == torch.float32
 
 
@@ -263,6 +264,22 @@ def test_an_empty_batch_is_fine(place):
     )
     assert (y.shape, gx.shape) == ((0, 32), (0, 48))
     assert not gdelta.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_the_copy_that_a_compiled_step_saves_is_not_counted_as_kept_by_it(place):
+    torch._dynamo.reset()
+    layer, x = layer_on(place), torch.randn(4, 48, device=place).bfloat16().requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager")
+    compiled(x)
+    columns = layer.adapted.columns
+    channels = 4 * 5 * 2
+    # The graph may also save the columns' values, which it took from the weight, and their index.
+    most = channels + columns.base.nbytes + columns.index.nbytes
+    assert channels <= count_kept(lambda: compiled(x), layer, layer).total <= most
+    made = sum(tensor.nbytes for tensor in columns.products.tensors)
+    assert made == 2 * 48 * 32 + 4 * (48 + 32)
 
 
 def test_only_the_trained_channels_are_kept(place):
