@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from paca.backend import Ops
 from paca.errors import StaleColumnsError
+from paca.keeping import keep, kept
 from paca.strategies import ColumnWrite, adapted_columns
 
 
@@ -89,9 +90,9 @@ class PacaLinear(Function):
         """Compute Y and keep what the gradients need."""
         ctx.scale, ctx.ops, ctx.held = scale, ops, held
         if held is None:
-            ctx.save_for_backward(xs, weight, *(() if base is None else (delta, index, base)))
+            keep(ctx, xs, weight, *(() if base is None else (delta, index, base)))
         else:
-            ctx.save_for_backward(xs)
+            keep(ctx, xs)
             ctx.weight, ctx.key = weight, held.key
         with columns_in(weight, index, base, delta, scale, ops) as adapted:
             return ops.forward(x, adapted, bias)  # under autocast the GEMM casts the weight by itself
@@ -103,7 +104,7 @@ class PacaLinear(Function):
         global _backwards
         if not torch.compiler.is_compiling():
             _backwards += 1
-        xs, *rest = ctx.saved_tensors
+        xs, *rest = kept(ctx)
         weight = ctx.weight if ctx.held is not None else rest[0]
         delta, index, base = rest[1:] if len(rest) > 1 else (None, None, None)
         gx = gbias = gdelta = None
@@ -148,7 +149,7 @@ class PacaLinears(Function):
         """Compute each Y and keep what the gradients need."""
         ctx.readers, ctx.ops = readers, ops
         ctx.keys = [reader.held.key for reader in readers]
-        ctx.save_for_backward(xs)
+        keep(ctx, xs)
         ctx.set_materialize_grads(False)
         return tuple(ops.forward(x, reader.weight, bias) for reader, bias in zip(readers, tensors[::2], strict=True))
 
@@ -158,7 +159,7 @@ class PacaLinears(Function):
         """Compute dX, and db and dΔ of each, only if asked for and of the outputs that were used."""
         global _backwards
         _backwards += 1
-        (xs,) = ctx.saved_tensors
+        (xs,) = kept(ctx)
         gx = None
         used = [(gy, reader, key) for gy, reader, key in zip(gys, ctx.readers, ctx.keys, strict=True) if gy is not None]
         if ctx.needs_input_grad[0] and used:

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from paca.backend import Ops
 from paca.columns import AdaptedWeight, Adapter, ColumnSet
+from paca.keeping import keep, kept
 from paca.linear import grad_bias
 from paca.strategies import Form, adapted_columns
 
@@ -349,7 +350,7 @@ class QuantisedLinear(Function):
     ) -> Tensor:
         """Compute Y and keep the r channels."""
         ctx.scale, ctx.weight = scale, weight
-        ctx.save_for_backward(xs if ctx.needs_input_grad[3] else None, delta, index)
+        keep(ctx, xs if ctx.needs_input_grad[3] else None, delta, index)
         if form is Form.OVERLAY:
             return weight.ops.forward(x, weight.overlaid(index, delta, scale, x.dtype), cast_bias(bias, x.dtype))
         assert xs is not None
@@ -360,7 +361,7 @@ class QuantisedLinear(Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute dX, db and dΔ, each only if asked for."""
-        xs, delta, index = ctx.saved_tensors
+        xs, delta, index = kept(ctx)
         weight: QuantisedWeight = ctx.weight
         gx = gbias = gdelta = None
         if ctx.needs_input_grad[0]:

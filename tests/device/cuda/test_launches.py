@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import adapted, layers_of, llama
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from paca import registry
 from paca_cuda import CUDABackend
@@ -55,9 +56,9 @@ def block_of(monkeypatch, device, dtype, frozen=False, **strategies):
     return adapted(base, paca_alpha=4).base_model.model.model.layers[0]  # s = 1
 
 
-def run_block(block, device, dtype, grad=True):
-    """Return the block's output for a fresh input that requires a gradient."""
-    x = torch.randn(2, 16, 32, device=device, dtype=dtype).requires_grad_(grad)
+def run_block(block, device, dtype, grad=True, x=None):
+    """Return the block's output for an input that requires a gradient, a fresh one if none is given."""
+    x = (torch.randn(2, 16, 32, device=device, dtype=dtype) if x is None else x).requires_grad_(grad)
     angles = torch.randn(1, 16, 8, device=device, dtype=dtype)
     made = block(x, position_embeddings=(angles.cos(), angles.sin()))
     return made[0] if isinstance(made, tuple) else made
@@ -92,6 +93,22 @@ def test_a_layer_adds_one_operation_to_forward_and_one_to_backward(monkeypatch, 
         assert backward.total - frozen[1].total == layers
     else:  # less by the additions that happen inside the GEMMs
         assert backward.total - frozen[1].total == layers - 3
+
+
+@pytest.mark.parametrize("shared_input", ["together", "alone"])
+def test_recomputation_gathers_again_and_leaves_out_the_product_that_the_frozen_model_leaves_out(
+    monkeypatch, shared_input
+):
+    def backward_of(block):
+        given = torch.randn(2, 16, 32)
+        y = checkpoint(lambda x: run_block(block, "cpu", torch.float32, x=x), given, use_reentrant=False)
+        with Launches() as backward:
+            y.backward(torch.ones_like(y))
+        return backward
+
+    frozen = backward_of(block_of(monkeypatch, "cpu", torch.float32, frozen=True))
+    found = backward_of(block_of(monkeypatch, "cpu", torch.float32, shared_input=shared_input, **PLAIN))
+    assert found.total - frozen.total == 4 + (7 if shared_input == "alone" else 4)
 
 
 def test_evaluation_costs_what_the_frozen_model_costs(monkeypatch):

@@ -1,0 +1,44 @@
+"""What a backward needs is kept before the product, by whoever is asked to keep tensors; gradients stay the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operations import Operations
+from tiny_models import adapted, layers_of, llama, tokens
+from torch.utils.checkpoint import checkpoint
+
+
+def gradients(model, **how):
+    """Return the gradients of two backwards of one loss."""
+    model.zero_grad()
+    with how.get("keeping", torch.enable_grad()):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_tensors_that_are_kept_elsewhere_give_the_same_gradients(residency, recomputed):
+    model = adapted(llama(use_cache=False), residency=residency).train()
+    expected = gradients(model)
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    found = gradients(model, keeping=torch.autograd.graph.save_on_cpu())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+def test_a_layer_at_the_end_of_what_is_recomputed_is_not_multiplied_again(residency):
+    layer = layers_of(adapted(llama(), residency=residency))[0]
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    y = checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False)
+    with Operations() as calls:
+        y.sum().backward()
+    assert calls.names.count("sin") == 1
+    assert calls.names.count("mm") == 2  # dX and the columns' gradient
+    assert layer.paca_delta["default"].grad is not None
