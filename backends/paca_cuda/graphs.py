@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from paca_cuda.ops import counting_with, graph_counters
+
 logger = logging.getLogger("paca")
 
 WARM_UP = 3  # calls before a capture: allocators, autotuners and lazy initialisations settle
@@ -33,9 +35,9 @@ Record = Callable[[Callable[[], _Tensors]], tuple[_Tensors, Callable[[], _Tensor
 def record_cuda_graph(function: Callable[[], _Tensors]) -> tuple[_Tensors, Callable[[], _Tensors]]:
     """Capture a function as a CUDA graph, which writes to the same tensors each time; all share one pool of memory."""
     graph = torch.cuda.CUDAGraph()
-    pool = _pool()
+    pool, counters = _pool(), graph_counters()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool), counting_with(counters):
             outputs = function()
     except Exception:
         _abandon(pool)
@@ -45,6 +47,7 @@ def record_cuda_graph(function: Callable[[], _Tensors]) -> tuple[_Tensors, Calla
         graph.replay()
         return outputs
 
+    replay.counters = counters  # type: ignore[attr-defined]  # which the graph writes to, and does not keep alive
     return outputs, replay
 
 

@@ -10,8 +10,8 @@ import importlib.util
 import os
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -359,17 +359,41 @@ def takes_tf32() -> bool:
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+_captured: list[tuple[int, Tensor]] = []  # the stream of a capture that is going on, and its counters
+BLOCKS_OF_A_GRAPH = 4096  # of 64 outputs: of a vocabulary of 262,144
+
+
+def graph_counters() -> Tensor:
+    """Return counters for the launches of one graph; to be made before its capture, and to live as long as it."""
+    return torch.zeros(BLOCKS_OF_A_GRAPH, dtype=torch.int32, device="cuda")
+
+
+@contextmanager
+def counting_with(counters: Tensor) -> Iterator[None]:
+    """Let what is captured in the block, on its stream, count with these instead of with zeros made in the graph.
+
+    Those would be one more launch for each of the kernel's, in each replay.
+    """
+    _captured.append((torch.cuda.current_stream().cuda_stream, counters))
+    try:
+        yield
+    finally:
+        _captured.pop()
 
 
 def _arrived(like: Tensor, blocks: int) -> Tensor:
     """Return a zero for each block of outputs, int32; the kernel leaves zeros behind.
 
-    Each stream has its own, because kernels of two streams may run at the same time. A graph that is being captured
-    gets fresh ones, which live in its own memory.
+    Each stream and each graph has its own, because kernels of two may run at the same time. A graph that somebody else
+    captures gets fresh ones, which live in its own memory.
     """
     if not like.is_cuda:
         return torch.zeros(blocks, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
+        for stream, counters in _captured[-1:]:
+            here = stream == torch.cuda.current_stream(like.device).cuda_stream and counters.device == like.device
+            if here and blocks <= len(counters):
+                return counters
         return torch.zeros(blocks, dtype=torch.int32, device=like.device)
     key = like.device, torch.cuda.current_stream(like.device).cuda_stream
     if key not in _counters or len(_counters[key]) < blocks:

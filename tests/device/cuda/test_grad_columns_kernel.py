@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paca_cuda import ops
+from paca_cuda.graphs import record_cuda_graph
 from paca_cuda.ops import (
     DEFAULT_TILING,
     LARGEST_RANK,
@@ -267,3 +270,33 @@ def test_graph_capture_and_streams_leave_the_counters_at_zero(gpu):
     assert torch.equal(captured, expected)
     assert torch.equal(tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING), expected)
     assert all(not counters.any() for counters in ops._counters.values())
+
+
+def test_a_graph_counts_with_what_was_made_before_its_capture(monkeypatch):
+    """Zeros that are made in a capture are another launch in each replay."""
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    like, own = SimpleNamespace(is_cuda=True, device=torch.device("cpu")), torch.zeros(64, dtype=torch.int32)
+    with ops.counting_with(own):
+        assert ops._arrived(like, 64) is own
+        assert len(ops._arrived(like, 65)) == 65
+        stream.cuda_stream = 8  # a branch of the graph, which may run at the same time
+        assert ops._arrived(like, 64) is not own
+    stream.cuda_stream = 7
+    assert ops._arrived(like, 64) is not own
+
+
+def test_a_captured_model_launches_nothing_but_the_kernel(gpu):
+    gy, xs = torch.randn(4096, 512, device=gpu).bfloat16(), torch.randn(4096, 8, device=gpu).bfloat16()
+    expected = tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING)
+    (captured,), replay = record_cuda_graph(lambda: [tiled_grad_columns(gy, xs, 1.0, DEFAULT_TILING)])
+    for _ in range(3):
+        assert torch.equal(replay()[0], expected)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        replay()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert kernels == ["grad_columns_kernel"]
+    assert torch.equal(captured, expected)
