@@ -394,7 +394,8 @@ class AdaptedWeight:
 
     def holds(self, adapters: Sequence[Adapter], rows: int | None = None, first: int = 0) -> bool:
         """Whether the weight's columns are what they should be, bit for bit; of every so manieth row if `rows`."""
-        write = self.planned(adapters) or self.column_write(adapters)
+        quick = rows is not None  # a look at everything trusts nothing that is remembered
+        write = (self.planned(adapters) if quick else None) or self.column_write(adapters)
         weight, base, delta = write.weight, write.base, write.delta
         if rows is not None and rows < len(base):
             stride = math.ceil(len(base) / rows)

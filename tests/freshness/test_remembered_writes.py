@@ -10,10 +10,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import paca
 from paca.columns import AdaptedWeight
 from paca.layer import PacaLayer
+from paca.strategies import adapted_columns
 
 
 def other_weight(layer: PacaLayer) -> None:
@@ -65,23 +67,43 @@ CHANGES: list[Callable[[PacaLayer], object]] = [
 ]
 
 
+OTHER_MEMORY, OTHER_DELTA_MEMORY, IN_PLACE = (
+    CHANGES.index(change) for change in (other_memory, other_delta_memory, delta_in_place)
+)
 MERGE, CAST = 11, 10  # of these: merge or unmerge; cast the layer below alone
 
 
-def layer_of() -> PacaLayer:
-    return tiny.layers_of(tiny.perturb(tiny.adapted(tiny.mlp(), r=3, task_type=None)))[0]
+def layer_of(conv1d: bool = False) -> PacaLayer:
+    """Return a layer, or one with a weight that is laid out (in, out)."""
+    base = tiny.mlp()
+    if conv1d:
+        base.first = Conv1D(16, 10)  # type: ignore[assignment]
+    return tiny.layers_of(tiny.perturb(tiny.adapted(base, r=3, task_type=None)))[0]
+
+
+def assert_written(layer: PacaLayer) -> None:
+    """Compare the weight with what its delta asks for, found without any plan."""
+    base, columns = layer.get_base_layer(), layer.adapted.columns
+    assert columns is not None
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    wanted = adapted_columns(columns.base, layer.paca_delta["default"].detach(), layer.scaling["default"])
+    assert torch.equal(weight.index_select(1, layer.paca_indices["default"]), wanted)
 
 
 @settings(max_examples=80, deadline=None)
-@given(changes=st.lists(st.sampled_from(range(len(CHANGES))), min_size=1, max_size=6))
-@example(changes=[MERGE, CAST, MERGE])
-def test_the_weight_holds_what_its_adapter_asks_for(changes: list[int]) -> None:
-    layer = layer_of()
+@given(changes=st.lists(st.sampled_from(range(len(CHANGES))), min_size=1, max_size=6), conv1d=st.booleans())
+@example(changes=[MERGE, CAST, MERGE], conv1d=False)
+@example(changes=[OTHER_MEMORY, IN_PLACE], conv1d=True)
+@example(changes=[OTHER_DELTA_MEMORY], conv1d=False)
+def test_the_weight_holds_what_its_adapter_asks_for(changes: list[int], conv1d: bool) -> None:
+    layer = layer_of(conv1d)
     paca.refresh(layer)
     for change in changes:
         CHANGES[change](layer)
         paca.refresh(layer)
-        paca.verify(layer)
+        if not (layer.merged or layer.disable_adapters):
+            assert_written(layer)
+    paca.verify(layer)
 
 
 def test_a_weight_that_is_sharded_where_it_lies_is_left() -> None:
