@@ -204,8 +204,8 @@ BREAKS = [
     Break(
         "rule 6, only r channels are kept: all of x is saved",
         "paca/linear.py",
-        "            ctx.save_for_backward(xs)\n",
-        "            ctx.save_for_backward(xs, x)\n",
+        "            keep(ctx, xs)\n            ctx.weight",
+        "            keep(ctx, xs, x)\n            ctx.weight",
         f"{LINEAR}::test_exactly_r_channels_are_kept_for_backward",
     ),
     Break(
@@ -416,8 +416,8 @@ BREAKS = [
     Break(
         "quantised, only r channels are kept: the library's own autograd keeps the input",
         "paca/quantised.py",
-        "ctx.save_for_backward(xs if ctx.needs_input_grad[3] else None, delta, index)",
-        "ctx.save_for_backward(xs if ctx.needs_input_grad[3] else None, delta, index, x)",
+        "keep(ctx, xs if ctx.needs_input_grad[3] else None, delta, index)",
+        "keep(ctx, xs if ctx.needs_input_grad[3] else None, delta, index, x)",
         f"{QUANTISED}::test_only_r_channels_are_kept_for_backward",
     ),
     Break(
