@@ -435,6 +435,20 @@ BREAKS = [
         f"{QUANTISED}::test_a_corrupted_base_is_refused",
     ),
     Break(
+        "quantised, checkpointing: a forward that is recomputed takes another form than the first one took",
+        "paca/quantised.py",
+        "self.ops.quantised_form(self.is_bnb_4bit, trains or recomputed, x",
+        "self.ops.quantised_form(self.is_bnb_4bit, trains, x",
+        f"{QUANTISED}::test_gradient_checkpointing_changes_no_gradient",
+    ),
+    Break(
+        "quantised, merge: layers of adapters that are not active are quantised again, from packed bits",
+        "paca/requantise.py",
+        "isinstance(m, PacaLayer) and _merges(m)",
+        "isinstance(m, PacaLayer)",
+        f"{QUANTISED}::test_requantising_leaves_layers_alone_that_only_another_adapter_trains",
+    ),
+    Break(
         "s2ft: keys and values stay behind when heads are reordered",
         "paca/permutation.py",
         "rows = order if number == 0 or not block.heads else _key_rows(order, block)",

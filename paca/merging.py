@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from paca.model import model_dtype
+from paca.quantised import dequantise_
 from paca.whole import new_folder
 
 
@@ -27,7 +29,7 @@ def merge(
     """
     merged = _requantised(model) if requantize else model.merge_and_unload(safe_merge=True)
     if not requantize and getattr(merged, "is_quantized", False):  # layers that had no adapter
-        merged = merged.dequantize()
+        dequantise_(merged, model_dtype(merged))
     with new_folder(target) as unfinished:
         merged.save_pretrained(unfinished, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
         tokenizer.save_pretrained(unfinished)

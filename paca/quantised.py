@@ -301,12 +301,13 @@ class QuantisedWeight(AdaptedWeight):
         delta, scale = columns.combined(adapters)
         bias: Tensor | None = getattr(self.layer, "bias", None)
         cast_x = x.to(self.compute_dtype(x, low))
-        trains = torch.is_grad_enabled() and (
-            delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-        )
+        trainable = delta.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+        trains = torch.is_grad_enabled() and trainable
         form = Form.SPLIT
         if self.can_dequantise:
-            form = self.ops.quantised_form(self.is_bnb_4bit, trains, x.shape[:-1].numel())
+            # Reentrant checkpointing runs the forward without gradients that it recomputes with them.
+            recomputed = trainable and self.layer.training
+            form = self.ops.quantised_form(self.is_bnb_4bit, trains or recomputed, x.shape[:-1].numel())
         xs = gather(x, cast_x) if (trains and delta.requires_grad) or form is Form.SPLIT else None
         y: Tensor
         if not self.can_dequantise:
@@ -412,7 +413,25 @@ def is_noted_quantised(model: nn.Module) -> bool:
 
 def has_quantised_layers(model: nn.Module) -> bool:
     """Whether any layer is still quantised."""
-    return any(library_of(module) is not None for module in model.modules() if not list(module.children()))
+    return any(True for _ in _quantised_layers(model))
+
+
+def _quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizationBackend]]:
+    for name, module in model.named_modules():
+        if not list(module.children()) and (library := library_of(module)) is not None:
+            yield name, module, library
+
+
+def dequantise_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make ordinary layers of those that are quantised; transformers does so for some libraries only.
+
+    Args:
+        model: a transformers model.
+        dtype: as in `QuantisedWeight`.
+    """
+    for name, layer, library in list(_quantised_layers(model)):
+        model.set_submodule(name, QuantisedWeight(layer, name, Ops(), library, dtype).dense([]))
+    forget_quantisation(model)
 
 
 def forget_quantisation(model: nn.Module) -> None:

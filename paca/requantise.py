@@ -82,22 +82,25 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
         ValueError: if no adapted layer is quantised, or it is not known how.
         TypeError: if a format cannot be dequantised.
     """
-    weights = {m.name: m.adapted for m in model.modules() if isinstance(m, PacaLayer)}
-    quantised = {name: weight for name, weight in weights.items() if isinstance(weight, QuantisedWeight)}
+    layers = [m for m in model.modules() if isinstance(m, PacaLayer) and _merges(m)]
+    quantised = {m.name: m.adapted for m in layers if isinstance(m.adapted, QuantisedWeight)}
     if not quantised:
-        raise ValueError("no adapted layer is quantised; merge_and_unload() merges without loss")
+        raise ValueError(
+            "no layer of the active adapters is quantised; merge_and_unload() merges without loss, set_adapter() "
+            "activates others"
+        )
     base = model.get_base_model()
     libraries = {name: _requantising(weight, base) for name, weight in quantised.items()}
     notes = {note: vars(base)[note] for note in _NOTES if note in vars(base)}
-    configured = getattr(base.config, "quantization_config", None)
+    configured = getattr(getattr(base, "config", None), "quantization_config", None)
     merged: Any = model.merge_and_unload(safe_merge=True)
     moved: dict[str, Moved] = {}
     for name, weight in quantised.items():
-        if weight.chosen is None:
-            continue
+        assert weight.chosen is not None  # merging has planned it
         layer, moved[name] = requantised(weight, libraries[name], merged.get_submodule(name), weight.chosen.index)
         merged.set_submodule(name, layer)
-    merged.config.quantization_config = configured
+    if configured is not None:
+        merged.config.quantization_config = configured
     vars(merged).update(notes)
     worst = max(moved, key=lambda name: moved[name].of_update)
     warnings.warn(
@@ -106,6 +109,11 @@ def merge_requantised(model: Any) -> tuple[nn.Module, dict[str, Moved]]:
         stacklevel=2,
     )
     return merged, moved
+
+
+def _merges(layer: PacaLayer) -> bool:
+    """Whether a merge changes a layer: those that only other adapters train stay as they are."""
+    return any(name in layer.paca_delta for name in (*layer.merged_adapters, *layer.active_adapters))
 
 
 def _requantising(weight: QuantisedWeight, base: nn.Module) -> QuantizationBackend:

@@ -410,6 +410,46 @@ def test_requantising_is_measured_and_warned_about(quantised, name):
     assert merged.config.quantization_config is not None
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
+def test_requantising_leaves_layers_alone_that_only_another_adapter_trains(quantised, name):
+    base = quantised(name)
+    model = peft.get_peft_model(base, paca.PacaConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("second", paca.PacaConfig(r=4, target_modules=["v_proj"]))
+    model.set_adapter("second")
+    trained(model)
+    model.set_adapter("default")
+    trained(model)
+    untouched = base.model.layers[0].self_attn.v_proj.get_base_layer()
+    with pytest.warns(UserWarning, match="re-quantising moved"):
+        merged, moved = paca.merge_requantised(model)
+    assert {name.rpartition(".")[2] for name in moved} == {"q_proj"}
+    assert merged.model.layers[0].self_attn.v_proj is untouched
+    assert merged(input_ids=IDS).logits.isfinite().all()
+
+
+def test_requantising_is_refused_where_the_active_adapter_trains_no_quantised_layer(quantised):
+    model = peft.get_peft_model(quantised("nf4"), paca.PacaConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("head", paca.PacaConfig(r=4, target_modules=["lm_head"]))
+    model.set_adapter("head")
+    with pytest.raises(ValueError, match="no layer of the active adapters is quantised"):
+        paca.merge_requantised(model)
+    assert len(layers(model)) == 3
+
+
+def test_requantising_needs_no_transformers_model():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made = [bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32) for _ in range(2)]
+    model = peft.get_peft_model(
+        nn.Sequential(made[0], nn.Tanh(), made[1]).to("cpu"), paca.PacaConfig(r=4, target_modules=["0", "2"])
+    )
+    for layer in layers(model):
+        nn.init.normal_(layer.paca_delta["default"], std=0.05)
+    with pytest.warns(UserWarning, match="re-quantising moved"):
+        merged, moved = paca.merge_requantised(model)
+    assert set(moved) == {"0", "2"}
+    assert library_of(merged[0]) is not None
+
+
 def test_requantising_an_untrained_adapter_moves_more_than_nothing(quantised):
     with pytest.warns(UserWarning, match="by inf% "):
         _, moved = paca.merge_requantised(adapted(quantised("nf4")))
@@ -456,15 +496,18 @@ def test_starting_from_a_checkpoint_that_is_not_there_says_so(quantised):
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(quantised, name, reentrant):
-    gradients = []
+@pytest.mark.parametrize("tokens", [IDS.numel(), OVERLAY_FROM_TOKENS])
+def test_gradient_checkpointing_changes_no_gradient(quantised, name, reentrant, tokens):
+    gradients, ids = [], IDS.repeat(tokens // IDS.numel(), 1)
     for checkpointing in (False, True):
         model = adapted(quantised(name)).train()
+        for layer in layers(model):
+            nn.init.normal_(layer.paca_delta["default"], std=0.05, generator=torch.Generator().manual_seed(0))
         if checkpointing:
             enable = getattr(model.get_base_model(), f"{CHECKPOINTING}_enable")
             enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         gradients.append([layer.paca_delta["default"].grad for layer in layers(model)])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
@@ -490,9 +533,10 @@ class NoTokenizer:
 
 
 @pytest.mark.parametrize("requantize", [False, True])
-def test_a_merged_folder_loads_without_paca(quantised, tmp_path, requantize):
+@pytest.mark.parametrize("name", ["nf4", "int8", "torchao-int8", "torchao-float8"])
+def test_a_merged_folder_loads_without_paca(quantised, tmp_path, requantize, name):
     """Layers without an adapter come along: dequantised with the rest, or as they were."""
-    base = quantised("nf4")
+    base = quantised(name)
     model = peft.get_peft_model(base, paca.PacaConfig(r=4, target_modules=["q_proj"]))
     trained(model)
     with pytest.warns(UserWarning, match="re-quantising moved") if requantize else nullcontext():
