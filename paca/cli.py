@@ -372,6 +372,7 @@ def _merge(options: argparse.Namespace, words: list[str]) -> None:
 def _estimate(options: argparse.Namespace, words: list[str]) -> None:
     from paca.estimate.command import run
 
+    _refuse_unwritable(options.json)
     run(options, words)
 
 

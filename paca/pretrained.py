@@ -152,9 +152,14 @@ def _load(key: str, run: RunOptions, load: Callable[..., Loaded]) -> Loaded:
     source = model_source(name) if key == "model_name_or_path" else str(local_path(name))
     try:
         return load(source, **known)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of many types, for settings that contradict themselves
         where = "" if Path(source).is_dir() else f"there is no such folder, and {why_no_hub()}the hub gave nothing: "
-        raise RecipeError(f"{key} {name} cannot be loaded: {where}{error}") from error
+        raise RecipeError(f"{key} {name} cannot be loaded: {where}{in_short(error)}") from error
+
+
+def in_short(error: Exception) -> str:
+    """What an error says, without transformers' list of all the architectures that it knows."""
+    return str(error).partition("\nModel type should be one of")[0]
 
 
 def dtype_argument() -> str:

@@ -60,9 +60,9 @@ def recorded(settings: Mapping[str, Any]) -> str:
     Args:
         settings: as in `adapter_config.json`.
     """
-    fingerprints = settings.get("base_fingerprint") or {"": ""}
-    _, _, after_inputs = str(next(iter(fingerprints.values()))).partition(":")
-    return _RECORDED.get(after_inputs.partition(":")[0], "none")
+    fingerprints = settings.get("base_fingerprint") or {}
+    formats = {":".join(str(found).split(":")[1:-1]) for found in fingerprints.values()}
+    return next((_RECORDED[found] for found in sorted(formats) if found in _RECORDED), "none")
 
 
 def compute_dtype(run: RunOptions, config: Any) -> Any:

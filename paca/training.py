@@ -94,6 +94,8 @@ def train(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     counts = f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
     say(counts)
 
+    if start and not recipe.adapter.get("reselect"):  # whose checkpoints differ in their columns
+        expect_base_of(model, start)
     trainer = make_trainer(recipe, arguments, model, tokenizer, data, length)
     use_readable_log(trainer)
     out = recipe.output_dir
@@ -495,6 +497,19 @@ def adapted_model(recipe: Recipe, config: Any, data: Data, tokenizer: Any, lengt
     if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
         adapted.enable_input_require_grads()  # else reentrant checkpointing passes no gradients
     return adapted
+
+
+def expect_base_of(model: Any, start: Checkpoint) -> None:
+    """Have a checkpoint refused, when it is loaded, if it was trained on another base, or one quantised otherwise.
+
+    PEFT takes over the tensors alone where the adapter is there already.
+    """
+    from paca.layer import PacaLayer
+
+    fingerprints = adapter_settings(start.path, named_base=False).get("base_fingerprint") or {}
+    for layer in model.modules():
+        if isinstance(layer, PacaLayer):
+            layer.expected_fingerprint |= dict.fromkeys(layer.paca_delta, fingerprints.get(layer.name, ""))
 
 
 def _calibration_batches(recipe: Recipe, data: Data, tokenizer: Any, length: int, device: Any) -> Any:

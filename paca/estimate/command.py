@@ -60,6 +60,7 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
     Raises:
         RecipeError: for a model that is not found, a key that is none, an adapter that does not fit the model.
     """
+    from paca.pretrained import in_short
     from paca.whole import write_text
 
     given = list(words)
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace, words: list[str]) -> None:
     try:
         result = predict(recipe, config, cards, chosen)
     except (ValueError, TypeError) as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(in_short(error)) from error
     except CannotRun as error:
         raise RecipeError(f"this model cannot be run on shapes alone: {error}") from error
     print("\n".join(table(result)))
@@ -175,7 +176,12 @@ def _recipe_and_config(target: str, given: dict[str, Given]) -> tuple[Recipe, An
         return recipe, config_of(target)
     if path.is_file():
         return recipe, _config_in(path)
-    return recipe, load_config(recipe.run)
+    try:
+        return recipe, load_config(recipe.run)
+    except RecipeError as error:
+        if path.exists():
+            raise
+        raise RecipeError(f"{error}\nSizes that need no file are known of {', '.join(NAMES)}") from error
 
 
 def _config_in(file: Path) -> Any:
@@ -183,7 +189,7 @@ def _config_in(file: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(file))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many types, for settings that contradict themselves
         raise RecipeError(f"{file} is no model's configuration: {error}") from error
 
 

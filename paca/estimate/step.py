@@ -108,7 +108,7 @@ class Model:
         config = copy.deepcopy(self.config)
         if layers is not None:
             config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
+            if vars(config).get("layer_types"):  # some work them out from other settings
                 config.layer_types = config.layer_types[:layers]
         options = {dtype_argument(): self.dtype, "trust_remote_code": self.trust_remote_code}
         return auto.from_config(config, **options)

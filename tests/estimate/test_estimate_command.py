@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,41 @@ def test_the_page_shows_what_was_recorded() -> None:
     for row in check["compared"]:
         assert f"| {row['predicted'] / 2**20:.1f} | {row['measured'] / 2**20:.1f} | {row['ratio']:.3f} |" in page
         assert abs(row["ratio"] - 1) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"model_type": "llama", "hidden_size": "wide"}, "no model's configuration.*hidden_size"),
+        ({"model_type": "llama", "hidden_size": 100, "num_attention_heads": 7}, "no model's configuration.*multiple"),
+        ({"model_type": "t5"}, "T5Config"),
+        ({"sizes": [1, 2]}, "no model's configuration.*model_type"),
+    ],
+)
+def test_a_configuration_that_is_none_of_a_language_model_is_refused_in_few_words(
+    settings: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(settings))
+    assert main(["estimate", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(why, told, re.DOTALL)
+    assert len(told) < 500
+
+
+def test_a_name_that_nobody_knows_is_answered_with_those_that_are_built_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["estimate", "llama-9"]) == 2
+    assert "llama-9 cannot be loaded" in (told := capsys.readouterr().err)
+    assert "llama-3.1-70b" in told
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_predicted(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", str(config), "--json", str(tmp_path / "none" / "told.json")]) == 2
+    told = capsys.readouterr()
+    assert "there is no folder" in told.err
+    assert told.out == ""

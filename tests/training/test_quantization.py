@@ -92,6 +92,30 @@ def test_an_adapter_meets_the_base_that_it_was_trained_on(
     assert json.loads(score.read_text())["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("then", ["nf4", "none"])
+def test_a_checkpoint_is_not_gone_on_from_on_a_base_quantised_otherwise(
+    then: str, llama: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = ["train", "--model_name_or_path", str(llama), "--train_file", str(texts), "--disable_tqdm", "--r", "4"]
+    words += ["--save_steps", "2", "--save_strategy", "steps", "--per_device_train_batch_size", "2"]
+    first, more = tmp_path / "first", tmp_path / "more"
+    assert main([*words, "--quantization", "int8", "--max_steps", "2", "--output_dir", str(first)]) == 0
+    resumed = [*words, "--max_steps", "4", "--resume_from_checkpoint", str(first / "checkpoint-2")]
+    assert main([*resumed, "--quantization", then, "--output_dir", str(more)]) == 2
+    told = capsys.readouterr().err
+    assert f"its base was int8, this one is {'not quantised' if then == 'none' else then}" in told
+    assert not list(more.glob("*.safetensors"))
+    assert main([*resumed, "--quantization", "int8", "--output_dir", str(tmp_path / "same")]) == 0
+
+
+def test_how_a_base_was_quantised_is_told_by_any_of_its_layers() -> None:
+    plain, quantised = {"score": "32:0123456789abcdef"}, {"q_proj": "32:nf4:0123456789abcdef"}
+    assert quantising.recorded({"base_fingerprint": plain | quantised}) == "nf4"
+    assert quantising.recorded({"base_fingerprint": plain}) == "none"
+    assert quantising.recorded({}) == "none"
+
+
 @pytest.mark.parametrize(("wanted", "package"), [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("fp8", "torchao")])
 def test_a_missing_package_is_named(llama: Path, wanted: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantising, "find_spec", lambda name: None)
