@@ -26,18 +26,20 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
     """
     living = [*model.parameters(), *model.buffers(), *_copies_of_weights(model)]
     own = {_address(part) for tensor in living for part in _dense_parts(tensor)}
-    saved: dict[int, Tensor] = {}
-    saved_by_layer: dict[int, Tensor] = {}
+    # Bytes by address: the graph holds this function, so a tensor held here that knows its graph would never be freed,
+    # since Python does not see such cycles. For the same reason the graph is given tensors that do not know it.
+    saved: dict[int, int] = {}
+    saved_by_layer: dict[int, int] = {}
     inside = False
 
     def note(tensor: Tensor) -> Tensor:
         for part in _dense_parts(tensor):
             address = _address(part)
             if address not in own and address not in saved:
-                saved[address] = part
+                saved[address] = part.untyped_storage().nbytes()
                 if inside:
-                    saved_by_layer[address] = part
-        return tensor
+                    saved_by_layer[address] = saved[address]
+        return tensor.detach()
 
     def enter(*_: Any) -> None:
         nonlocal inside
@@ -56,7 +58,7 @@ def count_kept(forward: Callable[[], Tensor], model: nn.Module, layer: nn.Module
             hook.remove()
     for tensor in _held_on_contexts(output):
         note(tensor)
-    return Kept(total=_bytes(saved), layer=_bytes(saved_by_layer))
+    return Kept(total=sum(saved.values()), layer=sum(saved_by_layer.values()))
 
 
 def _copies_of_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -73,10 +75,6 @@ def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _bytes(tensors: dict[int, Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 def _held_on_contexts(output: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -103,3 +105,18 @@ class _Parking(torch.autograd.Function):
 def test_a_tensor_that_a_function_holds_without_telling_autograd_counts() -> None:
     x = torch.ones(40, requires_grad=True)
     assert _count(lambda: _Parking.apply(x).sum()) == x.nbytes
+
+
+def test_what_was_counted_is_freed() -> None:
+    """Or a benchmark of many methods would hold the activations of them all."""
+    x, layer, kept = torch.randn(4, 4, requires_grad=True), nn.Linear(4, 4), []
+
+    def forward() -> Tensor:
+        y = layer(x).tanh()  # keeps its own output
+        kept.append(weakref.ref(y))
+        return y.square()
+
+    assert count_kept(forward, layer, layer).total > 0
+    gc.collect()
+    (y,) = kept
+    assert y() is None
