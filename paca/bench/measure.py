@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from paca.bench.kept import count_kept
 from paca.bench.limits import measure_limit
 from paca.bench.machine import describe
 from paca.bench.methods import FLOOR, Method
-from paca.bench.peak import measure_peak
+from paca.bench.peak import measure_peak, peak_beside_others
 from paca.bench.result import MethodResult, Result
 from paca.bench.rounds import time_rounds
 
@@ -51,6 +52,10 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         methods={},
     )
     timed, peaks, limits = (what in options.measure for what in ("time", "peak", "limits"))
+    # A graph's memory is its own: replays allocate nothing, so that only other processes' first steps show it.
+    peaks_here = peaks and timed and backend.event() is not None and options.setting.graph != "whole"
+    if peaks_here:
+        _take_workspaces(backend)
     steps = len(methods) * ((options.rounds + options.warmup if timed else 0) + 1 + peaks + limits * len(options.caps))
     dtype = getattr(torch, options.dtype)
     contestants: dict[str, Contestant] = {}
@@ -82,16 +87,25 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                     made.trained = _count_trained(method, options, backend)
                     result.methods[name] = made
                     continue
+                if peaks_here:
+                    gc.collect()  # what a method that failed has left
+                before = backend.memory().allocated
                 contestant = Contestant(method, options.shape, dtype, backend, options.seed, options.setting)
+                built = backend.memory().allocated
                 made.trained = _values(contestant.trained)
                 if timed:
                     output = first_step(contestant)
-                    floor_output = floor_output or output
+                    if floor_output is None:  # it stays, and is nothing that the floor takes
+                        floor_output = output
+                        before, built = (at + sum(part.nbytes for part in output) for at in (before, built))
                     made.deviation = deviation(name, output, floor_output)
+                    del output
                 if "bytes" in options.measure:
                     made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
                 if timed:
                     contestant.settle()
+                if peaks_here:
+                    made.peak = peak_beside_others(contestant, before, built)
             except Exception as error:
                 leave_out(name, error)
                 continue
@@ -103,7 +117,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save, leave_out)
         contestants.clear()
         backend.release_memory()
-        for name in methods if peaks else ():
+        for name in methods if peaks and not peaks_here else ():
             progress(f"memory of {name}")
             try:
                 result.methods[name].peak = measure_peak(
@@ -125,6 +139,14 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                     leave_out(name, error, f"limits in {cap} GB: ")
                 save(result)
     return result
+
+
+def _take_workspaces(backend: Backend) -> None:
+    """Let libraries take what they keep from their first product on, which would count as the first method's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(64, 64, device=backend.device(), dtype=dtype, requires_grad=True)
+        torch.nn.functional.linear(x, x).sum().backward()  # the thread of the backward has its own
+    backend.synchronize()
 
 
 def _values(parameters: Iterable[Tensor]) -> int:

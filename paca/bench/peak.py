@@ -1,18 +1,23 @@
-"""Measures the highest memory use of one method, in a process of its own."""
+"""Measures the highest memory use of one method, in a process of its own or, where a device tells, beside others."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from paca.bench.environment import exact_environment
 from paca.bench.methods import parse_methods
 from paca.bench.result import Peak
 from paca.bench.setting import PLAIN, Setting
 from paca.bench.shapes import Shape
+
+if TYPE_CHECKING:
+    from paca.bench.contestant import Contestant
 
 STEPS = 2  # the second finds optimizer state and the first one's leftovers in place
 
@@ -49,10 +54,27 @@ def measure_peak(
     return Peak(**json.loads(process.stdout.splitlines()[-1]))
 
 
+def peak_beside_others(contestant: Contestant, before: int, built: int) -> Peak:
+    """Train two steps and return what one of several models of a process takes, as its own process would show it.
+
+    Only for devices whose allocator tells what is in use to the byte.
+
+    Args:
+        contestant: built last.
+        before: bytes in use before it was built.
+        built: bytes in use when it stood and nothing had run.
+    """
+    backend = contestant.backend
+    gc.collect()  # what earlier measurements have left
+    backend.synchronize()
+    backend.reset_peak_memory()
+    for _ in range(STEPS):
+        contestant.step()
+    return Peak(built - before, backend.memory().peak - before)
+
+
 def _main(task: str) -> None:
     """Do one task and print its `Peak` as JSON."""
-    import gc
-
     import torch
 
     import paca

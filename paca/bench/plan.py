@@ -78,7 +78,8 @@ def gpu(
     batches = [(sizes.get("batch", batch), sizes.get("tokens", tokens)) for batch, tokens in SIZES]
 
     def steps(name: str, batch: int, tokens: int, methods: str, *extra: str) -> Run:
-        size = [f"--batch={batch}", f"--tokens={tokens}", "--measure=time,bytes", f"--methods={methods}"]
+        what = "time,bytes" if name == "graph" else "time,bytes,peak"  # a graph keeps all memory that it ever needs
+        size = [f"--batch={batch}", f"--tokens={tokens}", f"--measure={what}", f"--methods={methods}"]
         return Run(f"{name}-{batch}x{tokens}", (*timed, *size, *extra))
 
     variants: list[tuple[str, str, list[str]]] = [

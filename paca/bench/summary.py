@@ -35,6 +35,7 @@ def tables_of(results: dict[str, Result]) -> list[Table]:
         _ratios(timed, "lora-r8", "Step time / LoRA r=8 as PEFT makes it"),
         _ratios(timed, "lora-r64", "Step time / LoRA r=64 as PEFT makes it"),
         _peaks(results, "lora-r64", "Highest memory, weights included / LoRA r=64 as PEFT makes it"),
+        _peaks(results, LORA, "Highest memory, weights included / LoRA r=8 with adapters in the weight's dtype"),
         _ratios(timed, "paca-upstream-r8", "Step time / the way of PEFT 0.22's PaCA"),
     ]
     made += [table for result in results.values() if (table := report.limits(result)) is not None]

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -336,6 +337,57 @@ def test_memory_that_cannot_be_measured_leaves_the_other_figures(
     assert tables(found)
 
 
+class Ticking:
+    """An event that ticks one millisecond at each record."""
+
+    ticks = 0
+
+    def record(self) -> None:
+        Ticking.ticks += 1
+        self.at = Ticking.ticks
+
+    def elapsed_time(self, other: Ticking) -> float:
+        return float(other.at - self.at)
+
+
+@pytest.mark.parametrize("graph", ["eager", "whole"])
+def test_a_device_that_counts_its_bytes_shows_a_methods_peak_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: str
+) -> None:
+    """Each model takes 100 bytes and stays; a step takes 30 more for a moment; no other tensor counts."""
+    device = type(paca.get_backend())
+    init, step = Contestant.__init__, Contestant.step
+    held, peak = 1000, 0
+
+    def built(made: Contestant, *arguments: Any) -> None:
+        nonlocal held
+        init(made, *arguments)
+        held += 100
+
+    def stepped(made: Contestant) -> Sample:
+        nonlocal peak
+        peak = max(peak, held + 30)
+        return step(made)
+
+    def reset(_: object) -> None:
+        nonlocal peak
+        peak = held
+
+    monkeypatch.setattr(Contestant, "__init__", built)
+    monkeypatch.setattr(Contestant, "step", stepped)
+    monkeypatch.setattr(device, "event", lambda _: Ticking())
+    monkeypatch.setattr(device, "memory", lambda _: paca.Memory(held, peak, 0))
+    monkeypatch.setattr(device, "reset_peak_memory", reset)
+    monkeypatch.setattr("paca.bench.measure.measure_peak", lambda *_: Peak(1, 2))
+    what = ["--measure=time,peak", "--rounds=1", f"--graph={graph}"]
+    found = run_tiny(tmp_path, monkeypatch, "--methods=paca-r8", *what)
+    expected = [Peak(100, 130), Peak(100, 130)] if graph == "eager" else [Peak(1, 2), Peak(1, 2)]
+    if graph == "eager":
+        output = 2 * TINY.tokens_per_step * TINY.hidden * 4  # the floor's output and input gradient, kept to compare
+        expected[0] = Peak(100, 130 - output)
+    assert [method.peak for method in found.methods.values()] == expected
+
+
 def test_what_runs_eagerly_is_not_measured_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Captured(torch.nn.Module):
         def __init__(self, module: torch.nn.Module) -> None:
@@ -389,20 +441,8 @@ def test_the_summary_of_an_empty_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_a_device_with_events_is_timed_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        """Ticks one millisecond at each record."""
-
-        ticks = 0
-
-        def record(self) -> None:
-            Event.ticks += 1
-            self.at = Event.ticks
-
-        def elapsed_time(self, other: Event) -> float:
-            return float(other.at - self.at)
-
     tried = contestant("paca-r8")
-    monkeypatch.setattr(type(tried.backend), "event", lambda self: Event())
+    monkeypatch.setattr(type(tried.backend), "event", lambda self: Ticking())
     sample = tried.step()
     assert [sample.seconds(phase, "device") for phase in ("forward", "backward", "optimizer")] == [0.001] * 3
     assert sample.seconds("step", "device") == 0.003
