@@ -7,8 +7,10 @@ import tiny_models as tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 import paca
+from paca.layer import PacaLayer
 
 trl = pytest.importorskip("trl")
 
@@ -38,10 +40,10 @@ def arguments(folder, **given):
     }
 
 
-def supervised(folder, **given):
+def supervised(folder, model=None, **given):
     """An SFTTrainer, trained."""
     trainer = trl.SFTTrainer(
-        model=tiny.llama(),
+        model=model or tiny.llama(),
         args=trl.SFTConfig(**arguments(folder, max_length=16, **given)),
         train_dataset=Dataset.from_dict({"text": [words(row, 5 + row % 7) for row in range(12)]}),
         processing_class=tiny.tokenizer(),
@@ -65,6 +67,33 @@ def test_sft_trains_a_paca_adapter_from_its_config(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
     assert torch.equal(tiny.logits(loaded), tiny.logits(trainer.model))
     assert tiny.same_bits(tiny.weights_of(trainer.model.unload()), tiny.weights_of(tiny.llama()))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sft_trains_on_a_base_that_it_loads_quantised(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny.llama().save_pretrained(tmp_path / "base")
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    how = {"quantization_config": quantised, "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    trainer = supervised(
+        tmp_path, str(tmp_path / "base"), model_init_kwargs=how, optim="adamw_8bit", gradient_checkpointing=True
+    )
+    trained = [module for module in trainer.model.modules() if isinstance(module, PacaLayer)]
+    assert {layer.residency for layer in trained} == {"quantised"}
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base", **how)
+    assert torch.equal(
+        tiny.logits(PeftModel.from_pretrained(again, tmp_path / "saved").eval()), tiny.logits(trainer.model.eval())
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
