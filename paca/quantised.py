@@ -224,7 +224,7 @@ class QuantisedWeight(AdaptedWeight):
         self._unpack()
         digest = blake2s(digest_size=8)
         for stored in self._stored():
-            raw = stored.detach().contiguous().view(torch.uint8).flatten()
+            raw = stored.detach().contiguous().flatten().view(torch.uint8)
             length = min(BYTES_PER_BLOCK, len(raw))
             starts = torch.linspace(0, len(raw) - length, SAMPLED_BLOCKS, dtype=torch.float64).long()
             sampled = (starts[:, None] + torch.arange(length)).flatten().to(raw.device)
@@ -239,7 +239,7 @@ class QuantisedWeight(AdaptedWeight):
             yield weight.data
             yield state.absmax
             if state.nested:
-                yield state.state2.absmax
+                yield from (state.state2.absmax, state.state2.code, state.offset)
         elif self.format == "int8":
             own: Any = self.layer
             yield weight.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import operator
 from contextlib import nullcontext
 
 import peft
@@ -281,6 +282,28 @@ def test_a_corrupted_base_is_refused(quantised, tmp_path):
     base = quantised("nf4")
     weight = base.model.layers[1].mlp.down_proj.weight
     weight.data.copy_(((weight.data & 15) << 4) | (weight.data >> 4))  # nibbles swapped, as between library versions
+    with pytest.raises(paca.BaseMismatchError, match=r"layers\.1\.mlp\.down_proj"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("nf4", "quant_state.absmax"),
+        ("nf4-double", "quant_state.absmax"),
+        ("nf4-double", "quant_state.offset"),
+        ("nf4-double", "quant_state.state2.absmax"),
+        ("nf4-double", "quant_state.state2.code"),
+        ("int8", "SCB"),
+        ("torchao-int8", "scale"),
+        ("torchao-float8", "scale"),
+    ],
+)
+def test_a_base_whose_scales_were_corrupted_is_refused(quantised, tmp_path, name, part):
+    adapted(quantised(name)).save_pretrained(tmp_path)
+    base = quantised(name)
+    weight = base.model.layers[1].mlp.down_proj.weight
+    operator.attrgetter(part)(weight).zero_()
     with pytest.raises(paca.BaseMismatchError, match=r"layers\.1\.mlp\.down_proj"):
         PeftModel.from_pretrained(base, str(tmp_path))
 
