@@ -7,10 +7,11 @@ from pathlib import Path
 from paca.bench import report, tables
 from paca.bench.methods import FLOOR
 from paca.bench.result import Result, read
-from paca.bench.statistics import ratio
+from paca.bench.statistics import milliseconds, ratio
 from paca.bench.tables import Table
 from paca.whole import replacing
 
+PACA = "paca-r8"
 LORA = "lora-nocast-r8"  # the strongest LoRA
 
 
@@ -38,6 +39,7 @@ def tables_of(results: dict[str, Result]) -> list[Table]:
         _peaks(results, LORA, "Highest memory, weights included / LoRA r=8 with adapters in the weight's dtype"),
         _ratios(timed, "paca-upstream-r8", "Step time / the way of PEFT 0.22's PaCA"),
     ]
+    made += [_against_loras(results), _against_eager(timed)]
     made += [table for result in results.values() if (table := report.limits(result)) is not None]
     return [table for table in made if table.rows]
 
@@ -67,6 +69,45 @@ def _peaks(results: dict[str, Result], over: str, title: str) -> Table:
             cells.append(f"{mine.peak.peak / theirs.peak:.3f}" if mine and mine.peak and theirs else "-")
         rows.append([label, *cells])
     return Table(title, ["method", *runs], rows if runs else [])
+
+
+def _against_loras(results: dict[str, Result]) -> Table:
+    """What PaCA keeps and what fits with it, over both LoRAs'."""
+    rows = []
+    for name, result in results.items():
+        paca, others = result.methods.get(PACA), [result.methods.get(lora) for lora in ("lora-r8", LORA)]
+        if paca is None or None in others:
+            continue
+        figures: list[tuple[str, list[float]]] = [
+            ("bytes kept", [m.kept.total if m and m.kept else 0 for m in (paca, *others)])
+        ]
+        for number, limit in enumerate(paca.limits):
+            fits = [m.limits[number] if m and len(m.limits) > number else None for m in (paca, *others)]
+            cap = f"in {limit.cap / 1e9:g} GB"
+            figures.append((f"longest sequence {cap}", [fit.longest if fit else 0 for fit in fits]))
+            figures.append((f"tokens a second {cap}", [fit.tokens_per_second if fit else 0 for fit in fits]))
+        for what, (mine, *theirs) in figures:
+            if mine:
+                rows.append([name, what, *(f"{mine / its:.3f}" if its else "-" for its in theirs)])
+    title = "PaCA r=8 / LoRA r=8: what is kept and what fits"
+    return Table(title, ["run", "figure", "/ LoRA as PEFT makes it", "/ LoRA, weight's dtype"], rows)
+
+
+def _against_eager(timed: dict[str, Result]) -> Table:
+    """PaCA's step in any mode over LoRA's eager one of the same size, from two runs: a ratio of medians."""
+    rows = []
+    for name, result in timed.items():
+        eager = timed.get(f"eager-{result.shape.batch}x{result.shape.tokens}")
+        if eager is None or eager is result or PACA not in result.methods or result.shape != eager.shape:
+            continue
+        if result.settings.get("base", "none") != "none" or not result.methods[PACA].samples:
+            continue
+        mine = milliseconds(result.methods[PACA], "step", result.clock)
+        loras = [eager.methods.get(lora) for lora in ("lora-r8", LORA)]
+        cells = [f"{mine / milliseconds(m, 'step', eager.clock):.3f}" if m and m.samples else "-" for m in loras]
+        rows.append([name, *cells])
+    title = "PaCA r=8 in this run / LoRA r=8 in the eager run of the same size, medians"
+    return Table(title, ["run", "/ LoRA as PEFT makes it", "/ LoRA, weight's dtype"], rows)
 
 
 def show(folder: Path, *, markdown: bool, plot: Path | None) -> int:

@@ -22,7 +22,7 @@ from paca.bench.contestant import Contestant
 from paca.bench.limits import PRECISION, largest_that_fits, search
 from paca.bench.methods import parse_methods
 from paca.bench.report import tables
-from paca.bench.result import Limit, Peak, Result, Sample, read
+from paca.bench.result import Kept, Limit, MethodResult, Peak, Result, Sample, Seconds, read
 from paca.bench.setting import Setting
 from paca.bench.shapes import SHAPES, Shape
 from paca.bench.upstream import UpstreamLinear
@@ -433,6 +433,32 @@ def test_a_wrong_option_is_refused(
     with pytest.raises(SystemExit):
         main(option.split())
     assert message in capsys.readouterr().err
+
+
+def test_the_summary_compares_modes_and_what_fits_with_both_loras() -> None:
+    def run(milliseconds: dict[str, float]) -> Result:
+        methods = {}
+        for number, (name, time) in enumerate({"floor": 1.0, **milliseconds}.items()):
+            parts = [Seconds(time / 1000, time / 1000, time / 1000), *[Seconds(0.0, 0.0, 0.0)] * 2]
+            kept, limit = Kept(100 * (number + 1), 0), Limit(8 * 10**10, 1000 - 100 * number, 1, 50.0 * (5 - number))
+            methods[name] = MethodResult(name, 8, 0, 0.0, kept, None, [Sample(*parts, 0)], [limit])
+        return Result("", {}, {}, TINY, "device", methods)
+
+    size = f"{TINY.batch}x{TINY.tokens}"
+    eager = run({"paca-r8": 2.0, "lora-r8": 8.0, "lora-nocast-r8": 4.0})
+    shown = {
+        t.title: t.rows
+        for t in summary.tables_of({f"eager-{size}": eager, f"graph-{size}": run({"paca-r8": 1.0})})
+        if t.title.startswith("PaCA r=8")
+    }
+    assert list(shown.values()) == [
+        [
+            [f"eager-{size}", "bytes kept", "0.667", "0.500"],
+            [f"eager-{size}", "longest sequence in 80 GB", "1.125", "1.286"],
+            [f"eager-{size}", "tokens a second in 80 GB", "1.333", "2.000"],
+        ],
+        [[f"graph-{size}", "0.125", "0.250"]],
+    ]
 
 
 def test_the_summary_of_an_empty_folder_says_so(tmp_path: Path) -> None:
