@@ -79,7 +79,7 @@ def _against_loras(results: dict[str, Result]) -> Table:
         if paca is None or None in others:
             continue
         figures: list[tuple[str, list[float]]] = [
-            ("bytes kept", [m.kept.total if m and m.kept else 0 for m in (paca, *others)])
+            ("bytes kept by a layer", [m.kept.layer if m and m.kept else 0 for m in (paca, *others)])
         ]
         for number, limit in enumerate(paca.limits):
             fits = [m.limits[number] if m and len(m.limits) > number else None for m in (paca, *others)]

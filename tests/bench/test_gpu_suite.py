@@ -440,7 +440,10 @@ def test_the_summary_compares_modes_and_what_fits_with_both_loras() -> None:
         methods = {}
         for number, (name, time) in enumerate({"floor": 1.0, **milliseconds}.items()):
             parts = [Seconds(time / 1000, time / 1000, time / 1000), *[Seconds(0.0, 0.0, 0.0)] * 2]
-            kept, limit = Kept(100 * (number + 1), 0), Limit(8 * 10**10, 1000 - 100 * number, 1, 50.0 * (5 - number))
+            kept, limit = (
+                Kept(10**6, 100 * (number + 1)),
+                Limit(8 * 10**10, 1000 - 100 * number, 1, 50.0 * (5 - number)),
+            )
             methods[name] = MethodResult(name, 8, 0, 0.0, kept, None, [Sample(*parts, 0)], [limit])
         return Result("", {}, {}, TINY, "device", methods)
 
@@ -453,7 +456,7 @@ def test_the_summary_compares_modes_and_what_fits_with_both_loras() -> None:
     }
     assert list(shown.values()) == [
         [
-            [f"eager-{size}", "bytes kept", "0.667", "0.500"],
+            [f"eager-{size}", "bytes kept by a layer", "0.667", "0.500"],
             [f"eager-{size}", "longest sequence in 80 GB", "1.125", "1.286"],
             [f"eager-{size}", "tokens a second in 80 GB", "1.333", "2.000"],
         ],
