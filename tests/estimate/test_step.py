@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MambaConfig
 
 import paca
 from paca.estimate import step
@@ -157,3 +157,10 @@ def test_an_encoder_can_be_told_too() -> None:
     }
     assert told["paca"].kept < told["lora"].kept
     assert told["paca"].peak < told["lora"].peak
+
+
+def test_a_model_that_works_out_its_layers_kinds_by_itself_is_cut_short_like_others() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=5, state_size=4)
+    settings = paca.PacaConfig(r=4, paca_alpha=4, target_modules=["in_proj", "out_proj"])
+    two, three = (Model(config, "causal_lm", torch.float32, settings).sizes(layers)[3] for layers in (2, 3))
+    assert three * 2 == two * 3
