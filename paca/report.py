@@ -14,7 +14,7 @@ from pathlib import Path
 HEADER = "Copy-paste the following information when reporting an issue:"
 
 _PACKAGES = (
-    *("paca-torch", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "tokenizers"),
+    *("paca-torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "tokenizers"),
     *("numpy", "bitsandbytes", "torchao", "triton", "deepspeed", "optimum-habana", "habana-torch-plugin"),
 )
 
@@ -52,9 +52,12 @@ def _processor() -> str:
 
 
 def _packages() -> Iterator[tuple[str, str]]:
+    import torch
+
     from paca import __version__
 
     yield "paca", f"{__version__} ({Path(__file__).parent})"
+    yield "torch", torch.__version__  # with its build, which not every wheel's metadata has
     for name in _PACKAGES:
         try:
             yield name, version(name)

@@ -16,7 +16,7 @@ from paca.bench.setting import GRAPHS, PLAIN, Setting
 from paca.bench.shapes import SHAPES, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
-MEASURES = ("time", "bytes", "peak", "limits")
+MEASURES = ("time", "bytes", "peak", "limits", "profile")
 CLOCKS = ("auto", "cpu", "wall", "device")
 
 EXAMPLES = """examples:
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   paca bench --suite cpu --out cpu.json             the numbers of docs/benchmarks.md
   paca bench --methods paca-r16,lora-r16 --rounds 30
   paca bench --shape llama-3-8b --dtype bfloat16 --measure bytes --methods paca-r8,lora-r8,full
+  paca bench --measure time,profile                 and which operations take the time
   paca bench --base nf4 --methods paca-r64,lora-r64 --dtype bfloat16
                                                     QPaCA against QLoRA
   paca bench --suite gpu --out gpu                  everything about GPUs in docs/benchmarks.md; --dry-run lists it
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "--measure",
         metavar="A,B,…",
         default="time,bytes,peak",
-        help="any of time,bytes,peak,limits; default the first three",
+        help="any of time,bytes,peak,limits,profile (which operations take the time); default the first three",
     )
     what.add_argument("--shape", choices=SHAPES, help="sizes of the stack; default: the suite's")
     for size in fields(Shape):
@@ -262,7 +263,7 @@ def _options(given: argparse.Namespace) -> Options:
             raise ValueError(f"--methods: {method.name} has a rank above the stack's narrowest input, {narrowest}")
     out = given.out or Path(f"paca-bench-{given.suite}.json")
     _check_output("--out", out, (".json",))
-    drawn = given.plot is not None or any(part != "limits" for part in measure)  # of limits there is no picture
+    drawn = given.plot is not None or not {"limits", "profile"}.issuperset(measure)  # of these there is no picture
     plot = None if given.no_plot or suite.switches or not drawn else given.plot or out.with_suffix(".png")
     if plot is not None:
         _check_output("--plot", plot, (".png", ".svg", ".pdf"))

@@ -91,6 +91,13 @@ class Contestant:
         paca.refresh(self.model)
         faults = _page_faults()
         self.backend.synchronize()
+        times = self.work()
+        self.backend.synchronize()
+        forward, backward, optimizer = (_between(a, b) for a, b in pairwise(times))
+        return Sample(forward, backward, optimizer, _page_faults() - faults)
+
+    def work(self) -> list[_Moment]:
+        """Train one step; returns the moments before and after its parts."""
         times = [_now(self.backend)]
         output = self.forward()
         times.append(_now(self.backend))
@@ -102,9 +109,7 @@ class Contestant:
             self.optimizer.zero_grad()
         self.x.grad = None
         times.append(_now(self.backend))
-        self.backend.synchronize()
-        forward, backward, optimizer = (_between(a, b) for a, b in pairwise(times))
-        return Sample(forward, backward, optimizer, _page_faults() - faults)
+        return times
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ import paca
 from paca.backend import Backend
 from paca.bench.environment import malloc_in_force
 
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("transformers", "peft")
 
 
 def describe(backend: Backend) -> dict[str, Any]:
@@ -32,7 +32,11 @@ def describe(backend: Backend) -> dict[str, Any]:
         "system": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
-        "packages": {"paca": paca.__version__, **{name: version(name) for name in PACKAGES}},
+        "packages": {
+            "paca": paca.__version__,
+            "torch": torch.__version__,  # with its build, which not every wheel's metadata has
+            **{name: version(name) for name in PACKAGES},
+        },
         "revision": _revision(),
         "threads": torch.get_num_threads(),
         "malloc": malloc_in_force(),

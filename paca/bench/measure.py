@@ -21,6 +21,7 @@ from paca.bench.limits import measure_limit
 from paca.bench.machine import describe
 from paca.bench.methods import FLOOR, Method
 from paca.bench.peak import measure_peak, peak_beside_others
+from paca.bench.profile import profile_steps
 from paca.bench.result import MethodResult, Result
 from paca.bench.rounds import time_rounds
 
@@ -51,12 +52,13 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
         clock=clock_of(options, backend),
         methods={},
     )
-    timed, peaks, limits = (what in options.measure for what in ("time", "peak", "limits"))
+    timed, peaks, limits, profiled = (what in options.measure for what in ("time", "peak", "limits", "profile"))
     # A graph's memory is its own: replays allocate nothing, so that only other processes' first steps show it.
     peaks_here = peaks and timed and backend.event() is not None and options.setting.graph != "whole"
     if peaks_here:
         _take_workspaces(backend)
-    steps = len(methods) * ((options.rounds + options.warmup if timed else 0) + 1 + peaks + limits * len(options.caps))
+    rounds = options.rounds + options.warmup if timed else 0
+    steps = len(methods) * (1 + rounds + peaks + limits * len(options.caps) + profiled)
     dtype = getattr(torch, options.dtype)
     contestants: dict[str, Contestant] = {}
     # In a log file a line every half minute is enough.
@@ -83,7 +85,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             progress(f"build {name}")
             try:
                 made = MethodResult(method.label(options.shape), method.rank_for(options.shape), trained=0)
-                if not (timed or "bytes" in options.measure):  # processes of their own build it
+                if not (timed or profiled or "bytes" in options.measure):  # processes of their own build it
                     made.trained = _count_trained(method, options, backend)
                     result.methods[name] = made
                     continue
@@ -102,7 +104,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                     del output
                 if "bytes" in options.measure:
                     made.kept = count_kept(contestant.forward, contestant.model, contestant.last_layer)
-                if timed:
+                if timed or profiled:
                     contestant.settle()
                 if peaks_here:
                     made.peak = peak_beside_others(contestant, before, built)
@@ -110,11 +112,18 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
                 leave_out(name, error)
                 continue
             result.methods[name] = made
-            if timed:
+            if timed or profiled:
                 contestants[name] = contestant
             del contestant  # before the next one is made: two may not fit
         if timed:
             time_rounds(contestants, result, options.rounds, options.warmup, options.seed, progress, save, leave_out)
+        for name, contestant in contestants.items() if profiled else ():
+            progress(f"profile of {name}")
+            try:
+                result.methods[name].profile = profile_steps(contestant)
+            except RuntimeError as error:
+                leave_out(name, error, "profile: ")
+            save(result)
         contestants.clear()
         backend.release_memory()
         for name in methods if peaks and not peaks_here else ():

@@ -78,7 +78,7 @@ def gpu(
     batches = [(sizes.get("batch", batch), sizes.get("tokens", tokens)) for batch, tokens in SIZES]
 
     def steps(name: str, batch: int, tokens: int, methods: str, *extra: str) -> Run:
-        what = "time,bytes" if name == "graph" else "time,bytes,peak"  # a graph keeps all memory that it ever needs
+        what = "time,bytes,profile" + ("" if name == "graph" else ",peak")  # a graph keeps all memory it ever needs
         size = [f"--batch={batch}", f"--tokens={tokens}", f"--measure={what}", f"--methods={methods}"]
         return Run(f"{name}-{batch}x{tokens}", (*timed, *size, *extra))
 
@@ -109,7 +109,7 @@ def gpu(
                     (
                         *whole,
                         *(f"--rounds={rounds}", f"--warmup={warmup}", f"--batch={batch}", f"--tokens={tokens}"),
-                        *("--measure=time,bytes,peak", "--base=nf4", f"--methods={QUANTISED}", *extra),
+                        *("--measure=time,bytes,profile,peak", "--base=nf4", f"--methods={QUANTISED}", *extra),
                     ),
                 )
             )

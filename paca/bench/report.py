@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from paca.bench import tables as render
 from paca.bench.methods import FLOOR
-from paca.bench.result import Result
+from paca.bench.result import Operation, Result
 from paca.bench.statistics import kept_above_floor, lora_of_rank, milliseconds, peak_above_build, ratio
 from paca.bench.switching import SwitchResult
 from paca.bench.tables import Table
 
 MB = 1e6
+PROFILED = 8  # operations of a method that a table shows
 
 
 def tables(result: Result) -> list[Table]:
@@ -20,7 +23,7 @@ def tables(result: Result) -> list[Table]:
         made.append(_memory(result))
     if (fits := limits(result)) is not None:
         made.append(fits)
-    return made
+    return made + profiles(result)
 
 
 def limits(result: Result) -> Table | None:
@@ -38,6 +41,48 @@ def limits(result: Result) -> Table | None:
     ]
     head = ["method", "GB", "longest sequence", f"largest batch x {result.shape.tokens}", "tokens/s with it"]
     return Table("What fits in a memory", head, rows) if rows else None
+
+
+def profiles(result: Result) -> list[Table]:
+    """Return, for each method that was profiled, the operations whose time differs most from the floor's."""
+    floor = {operation.name: operation for operation in result.methods[FLOOR].profile}
+    made = []
+    for name, method in result.methods.items():
+        if name == FLOOR or not method.profile or not floor:
+            continue
+        own = {operation.name: operation for operation in method.profile}
+        none = Operation("", 0.0, 0.0)
+        pairs = [(key, own.get(key, none), floor.get(key, none)) for key in {**own, **floor}]
+        pairs.sort(key=lambda pair: -abs(pair[1].seconds - pair[2].seconds))
+        shown = [(_shortened(key), mine, its) for key, mine, its in pairs[:PROFILED]]
+        rest = pairs[PROFILED:]
+        shown.append((f"{len(rest)} others", _sum(m for _, m, _ in rest), _sum(f for _, _, f in rest)))
+        shown.append(("all", _sum(own.values()), _sum(floor.values())))
+        rows = [
+            [
+                label,
+                f"{mine.calls:,.0f}",
+                f"{its.calls:,.0f}",
+                f"{1000 * mine.seconds:,.2f}",
+                f"{1000 * its.seconds:,.2f}",
+                f"{1000 * (mine.seconds - its.seconds):+,.2f}",
+            ]
+            for label, mine, its in shown
+        ]
+        head = ["operation", "times a step", "floor's", "ms a step", "floor's", "difference"]
+        made.append(Table(f"What {method.label} runs beside the frozen floor's, by the profiler", head, rows))
+    return made
+
+
+def _shortened(name: str) -> str:
+    """Leave of a kernel's name what tells it from others, in 64 characters."""
+    bare = name.removeprefix("void ").replace("at::native::", "").replace("|", "/")
+    return bare if len(bare) <= 64 else f"{bare[:40]}…{bare[-23:]}"
+
+
+def _sum(operations: Iterable[Operation]) -> Operation:
+    listed = list(operations)
+    return Operation("", sum(each.calls for each in listed), sum(each.seconds for each in listed))
 
 
 def conditions(result: Result | SwitchResult) -> list[str]:

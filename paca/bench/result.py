@@ -68,6 +68,15 @@ class Limit:
     tokens_per_second: float  # with that batch
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What ran in a step under one name; means of some steps."""
+
+    name: str
+    calls: float
+    seconds: float
+
+
 @dataclass
 class MethodResult:
     """What was measured of one method.
@@ -80,6 +89,7 @@ class MethodResult:
             the largest value; shows that all methods did the same work. None if nothing was timed.
         samples: one a round; sample i of every method belongs to round i.
         limits: what fits in how much memory, if that was asked for.
+        profile: what a step runs, if that was asked for; what takes longest first.
     """
 
     label: str
@@ -90,6 +100,7 @@ class MethodResult:
     peak: Peak | None = None
     samples: list[Sample] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
+    profile: list[Operation] = field(default_factory=list)
 
 
 @dataclass
@@ -179,5 +190,6 @@ def _unpacked(method: Mapping[str, Any]) -> MethodResult:
         kept=Kept(**method["kept"]) if method["kept"] else None,
         peak=Peak(**method["peak"]) if method["peak"] else None,
         limits=[Limit(**limit) for limit in method.get("limits", [])],
+        profile=[Operation(**operation) for operation in method.get("profile", [])],
         samples=samples,
     )

@@ -22,7 +22,8 @@ def lines() -> dict[str, str]:
 
 def test_versions_and_machine_are_told() -> None:
     told = lines()
-    assert told["torch"] == metadata.version("torch") == torch.__version__
+    assert told["torch"] == torch.__version__
+    assert torch.__version__.startswith(metadata.version("torch"))
     assert told["peft"] == metadata.version("peft")
     assert told["Python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert "GiB" in told["Memory"]
