@@ -245,8 +245,9 @@ class QuantisedWeight(AdaptedWeight):
             yield weight.data
             yield own.state.SCB if own.state.SCB is not None else own.weight.SCB
         elif self.format == "hqq":
+            yield self.parameter
             meta: Any = self.layer.meta
-            yield from (self.parameter, meta["scale"], meta["zero"])
+            yield from (meta[name] for name in sorted(meta) if isinstance(meta[name], Tensor))
         elif hasattr(weight, "__tensor_flatten__"):
             for name in weight.__tensor_flatten__()[0]:
                 yield getattr(weight, name)

@@ -227,6 +227,18 @@ def test_a_saved_adapter_gives_the_same_bits_on_the_same_base_and_is_refused_on_
         PeftModel.from_pretrained(other, str(tmp_path))
 
 
+def test_hqq_is_recognised_where_it_keeps_zeros_and_scales_together(load):
+    """As it does to have them in host memory (`offload_meta`)."""
+    model = adapted(load("hqq"))
+    (layer, *_), found = layers(model), []
+    meta = layer.get_base_layer().meta
+    meta["zero_scale"] = torch.stack((meta.pop("zero"), meta.pop("scale")))
+    for _ in range(2):
+        found.append(layer.fingerprint("default"))
+        meta["zero_scale"] *= 2
+    assert found[0] != found[1]
+
+
 def test_a_kernel_that_gives_no_gradient_is_refused_and_one_that_does_trains(load):
     """gptqmodel settles on a kernel at the first use; on a CPU, evaluating in 16 bits makes it one for inference."""
     from transformers import GPTQConfig
