@@ -1,7 +1,8 @@
 """The kernels as torch operators `paca::gather`, `paca::grad_columns` and `paca::write_columns`.
 
 As operators they have fake versions and autograd rules, so that torch.compile takes them whole. They run on CUDA, and
-on the CPU where Triton interprets its kernels (TRITON_INTERPRET=1), which is how they are tested without a GPU.
+on the CPU where Triton interprets its kernels (TRITON_INTERPRET=1), which is how they are tested without a GPU. Else
+tensors on the CPU, of a model or of layers that are not moved to the device, take torch's own operations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paca.strategies import ColumnWrite, write_index_copy
 from paca_cuda.tuning import Tuner, bucket, names_of, power_of_two
 
 LARGEST_RANK = 256  # of the Triton kernel; its sums stay in registers
@@ -46,22 +48,18 @@ _library.define(
 
 
 def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator for CUDA tensors, and for CPU ones where Triton interprets."""
+    """Register a function as an operator for tensors of both devices."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*args: Any) -> Any:
-            if not interpreted():
-                raise RuntimeError(
-                    f"paca::{name} runs on CUDA tensors, found CPU ones; on the CPU it only runs interpreted: set "
-                    "TRITON_INTERPRET=1 before Triton is imported, or choose another strategy"
-                )
-            return function(*args)
-
-        _library.impl(name, function, "CUDA")
-        _library.impl(name, checked, "CPU")
+        for device in ("CUDA", "CPU"):
+            _library.impl(name, function, device)
         return function
 
     return register
+
+
+def _takes_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda or interpreted()
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -76,6 +74,8 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 @_implement("gather")
 def _gather(x: Tensor, index: Tensor) -> Tensor:
+    if not _takes_kernels(x):
+        return x.index_select(-1, index)
     from paca_cuda import kernels
 
     out = x.new_empty(*x.shape[:-1], len(index))
@@ -195,7 +195,7 @@ def grad_columns(gy: Tensor, xs: Tensor, scale: float, only_triton: bool) -> Ten
     tokens, n_out, r = len(gy), gy.shape[1], xs.shape[1]
     if not tokens or not n_out or not r:
         return gy.new_zeros(n_out, r, dtype=_grad_dtype(gy))
-    if gy.dtype == torch.float64 or r > LARGEST_RANK or why_no_triton():
+    if gy.dtype == torch.float64 or r > LARGEST_RANK or not _takes_kernels(gy) or why_no_triton():
         return mm_float32(gy, xs, scale)
     if xs.dtype != gy.dtype:
         xs = xs.to(gy.dtype)
@@ -461,7 +461,11 @@ def _write_columns(
         if delta.numel():
             groups.setdefault((weight.device, weight.dtype, delta.dtype), []).append(number)
     for members in groups.values():
-        _launch_write([(weights[n], indices[n], bases[n], deltas[n], scales[n]) for n in members])
+        writes = [(weights[n], indices[n], bases[n], deltas[n], scales[n]) for n in members]
+        if _takes_kernels(weights[members[0]]):
+            _launch_write(writes)
+        else:
+            write_index_copy([ColumnWrite(*write) for write in writes])
 
 
 def _launch_write(writes: list[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> None:

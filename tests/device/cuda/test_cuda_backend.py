@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_models as tiny
 import torch
 from torch import nn
 
 import paca
+from paca import registry
 from paca.errors import BackendUnavailableError
 from paca.layer import PacaLayer
-from paca.strategies import write_index_copy
+from paca.strategies import ColumnWrite, write_index_copy
 from paca_cuda import CUDABackend, ops
 from paca_cuda.strategies import write_multi_tensor
 
@@ -55,6 +57,40 @@ def test_without_triton_tuned_means_cublas(monkeypatch):
     monkeypatch.setattr(ops, "why_no_triton", lambda: "not installed")
     gy, xs = torch.randn(5, 4), torch.randn(5, 3)
     assert torch.equal(CUDABackend().ops.grad_columns(gy, xs, 1.0), gy.t() @ xs)
+
+
+def test_a_model_that_stays_on_the_cpu_trains_and_switches_as_by_torchs_operations(monkeypatch):
+    """Or those of its layers that do: the device's backend is the default where there is a device."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("paca_cuda.why_no_triton", lambda: None)  # no kernel is needed
+    found = []
+    for strategies in (
+        {"gather": "triton", "grad_columns": "triton", "write": "multi_tensor"},
+        {"gather": "index_select", "grad_columns": "cublas", "write": "index_copy"},
+    ):
+        monkeypatch.setattr(registry, "_current", CUDABackend(**strategies))
+        model = tiny.adapted(tiny.llama())
+        model.add_adapter("other", tiny.config(paca_alpha=4))
+        tiny.perturb(model, "other")
+        losses = tiny.train(model)
+        for name in ("other", "default"):
+            model.set_adapter(name)
+            losses.append(tiny.logits(model))
+        found.append(losses)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*found, strict=True))
+    assert found[0][2] < found[0][0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no second device")
+def test_weights_on_both_devices_are_written_in_one_call():
+    weights = [torch.zeros(8, 6, device=where) for where in ("cpu", "cuda", "cpu", "cuda")]
+    write_multi_tensor(
+        [
+            ColumnWrite(weight, torch.tensor([1, 4], device=weight.device), weight[:, :2] + 1, weight[:, :2] + 2, 0.5)
+            for weight in weights
+        ]
+    )
+    assert all(weight.sum() == 8 * 2 * 2 for weight in weights)
 
 
 @pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True), (9, True), (10, True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -61,10 +60,3 @@ def test_its_gradient_goes_to_the_picked_channels(device):
     x = torch.randn(3, 5, device=device, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([0, 3], device=device)
     assert torch.autograd.gradcheck(lambda x: gather_triton(x, index), (x,))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU other tests show this")
-def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="runs on CUDA tensors, found CPU ones"):
-        gather_triton(torch.randn(2, 3), torch.tensor([0]))
