@@ -52,8 +52,8 @@ def switch_multi_tensor(switches: Sequence[ColumnSwitch]) -> None:
 
 
 def write_multi_tensor(writes: Sequence[ColumnWrite]) -> None:
-    """Write the columns of all weights in one launch; a single weight needs none of this."""
-    if len(writes) == 1:
+    """Write the columns of all weights in one launch; a single weight, or none, needs none of this."""
+    if len(writes) <= 1:
         write_index_copy(writes)
         return
     weights = [write.weight for write in writes]

@@ -81,6 +81,20 @@ def test_a_model_that_stays_on_the_cpu_trains_and_switches_as_by_torchs_operatio
     assert found[0][2] < found[0][0]
 
 
+def test_a_bank_gives_the_pretrained_weights_back_with_nothing_new_to_write(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("paca_cuda.why_no_triton", lambda: None)
+    monkeypatch.setattr(registry, "_current", CUDABackend(write="multi_tensor"))
+    tiny.perturb(tiny.adapted(tiny.llama())).save_pretrained(tmp_path)
+    base = tiny.llama()
+    bank = paca.AdapterBank(base)
+    bank.load("one", tmp_path)
+    bank.swap("one")
+    assert not tiny.same_bits(dict(base.state_dict()), tiny.llama().state_dict())
+    bank.swap(None)
+    assert tiny.same_bits(dict(base.state_dict()), tiny.llama().state_dict())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no second device")
 def test_weights_on_both_devices_are_written_in_one_call():
     weights = [torch.zeros(8, 6, device=where) for where in ("cpu", "cuda", "cpu", "cuda")]
