@@ -168,8 +168,9 @@ class PacaLayer(nn.Module, BaseTunerLayer):
         device = device or self.adapted.parameter.device
         if device.type == "meta" or adapter_name not in self.paca_delta or self.paca_delta[adapter_name].is_meta:
             return
-        self.paca_delta[adapter_name] = self.paca_delta[adapter_name].to(device)
-        self.paca_indices[adapter_name] = self.paca_indices[adapter_name].to(device)
+        delta, index = self.paca_delta[adapter_name], self.paca_indices[adapter_name]
+        delta.data = delta.data.to(device)
+        self.paca_indices[adapter_name] = index.to(device)
 
     # ------------------------------------------------------------------ forward
 
@@ -687,5 +688,6 @@ def _after_load(layer: PacaLayer, incompatible_keys: Any) -> None:
     """Check what was loaded and write it to the weight. Runs when the layer and its base layer have been loaded."""
     for name in layer.paca_delta:
         if layer.has_values(name):
+            layer._move_adapter_to_device_of_base_layer(name)  # PEFT does so later, and may have read it to another
             layer.check_loaded(name)
     layer.write_again()

@@ -7,6 +7,7 @@ import copy
 import pytest
 import tiny_models as tiny
 import torch
+from peft import PeftModel
 from torch import nn
 
 import paca
@@ -93,6 +94,20 @@ def test_a_bank_gives_the_pretrained_weights_back_with_nothing_new_to_write(monk
     assert not tiny.same_bits(dict(base.state_dict()), tiny.llama().state_dict())
     bank.swap(None)
     assert tiny.same_bits(dict(base.state_dict()), tiny.llama().state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no second device")
+@pytest.mark.parametrize("to", ["cpu", "cuda"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_that_is_read_to_another_device_ends_beside_its_base(tmp_path, to, low_cpu_mem_usage):
+    """PEFT reads it to the GPU, wherever the base is."""
+    tiny.perturb(tiny.adapted(tiny.llama())).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny.llama().to(to), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {to}
+    same = tiny.perturb(tiny.adapted(tiny.llama())).to(to)
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=tiny.tokens().to(to)).logits for m in (model, same))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: there is no second device")
