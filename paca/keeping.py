@@ -24,7 +24,7 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_backward(*tensors)
         return
     pack, ctx.unpack = hooks
-    ctx.packed = [None if tensor is None else pack(tensor) for tensor in tensors]
+    ctx.packed = [None if tensor is None else pack(tensor.detach()) for tensor in tensors]  # an input knows its graph
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from paca.backend import Ops
 from paca.columns import AdaptedWeight, Adapter, is_sharded
 from paca.entries import best_entries, random_entries
 from paca.errors import StaleColumnsError
+from paca.keeping import keep, kept
 from paca.layer import PacaLayer
 from paca.linear import CHANGED, Held, columns_in, grad_bias
 from paca.strategies import write_scatter
@@ -67,11 +68,11 @@ class MaskedProduct(Function):
     ) -> Tensor:
         """Compute Y and keep what the gradients need."""
         ctx.scale, ctx.held, ctx.ops, ctx.layout = scale, held, ops, layout
-        kept = x if ctx.needs_input_grad[3] else None
+        needed = x if ctx.needs_input_grad[3] else None
         if held is None:
-            ctx.save_for_backward(kept, index, row, *(() if base is None else (delta, base)))
+            keep(ctx, needed, index, row, *(() if base is None else (delta, base)))
         else:
-            ctx.save_for_backward(kept, index)
+            keep(ctx, needed, index)
             ctx.row, ctx.key = row, held.key
         with columns_in(row, index, base, delta, scale, ops) as adapted:
             return ops.forward(x, layout.matrix(adapted), bias)
@@ -80,7 +81,7 @@ class MaskedProduct(Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute dX, db and dΔ, each only if asked for."""
-        x, index, *rest = ctx.saved_tensors
+        x, index, *rest = kept(ctx)
         row = ctx.row if ctx.held is not None else rest[0]
         delta, base = rest[1:] if len(rest) > 1 else (None, None)
         gx = gbias = gdelta = None

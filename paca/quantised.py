@@ -385,14 +385,14 @@ class ColumnsAlone(Function):
     def forward(ctx: Any, x: Tensor, xs: Tensor, delta: Tensor, index: Tensor, scale: float, ops: Ops) -> Tensor:
         """Multiply the trained columns alone."""
         ctx.scale, ctx.ops, ctx.shape, ctx.dtype = scale, ops, x.shape, x.dtype
-        ctx.save_for_backward(xs if ctx.needs_input_grad[2] else None, delta, index)
+        keep(ctx, xs if ctx.needs_input_grad[2] else None, delta, index)
         return xs @ (delta * scale).to(xs.dtype).t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the trained columns' part of dX, and dΔ."""
-        xs, delta, index = ctx.saved_tensors
+        xs, delta, index = kept(ctx)
         gx = gdelta = None
         if ctx.needs_input_grad[0]:
             part = ctx.ops.grad_input(gy, (delta * ctx.scale).to(gy.dtype))

@@ -121,7 +121,7 @@ def measure(options: Options, command: str, save: Callable[[Result], None]) -> R
             progress(f"profile of {name}")
             try:
                 result.methods[name].profile = profile_steps(contestant)
-            except RuntimeError as error:
+            except Exception as error:
                 leave_out(name, error, "profile: ")
             save(result)
         contestants.clear()

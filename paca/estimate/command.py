@@ -21,7 +21,7 @@ from paca.estimate.fit import (
     longest_sequence,
     needed,
 )
-from paca.estimate.methods import METHODS, Method, as_recipe
+from paca.estimate.methods import METHODS, Method, with_gemm_of
 from paca.estimate.prediction import adapted_model
 from paca.estimate.step import CannotRun, Footprint, Model, Work, footprint
 from paca.estimate.table import table
@@ -108,8 +108,9 @@ def predict(recipe: Recipe, config: Any, cards: Sequence[Device], names: Sequenc
     chosen = [name for name in names if not (METHODS[name].low and model.dtype == torch.float32)]
     for name in tqdm(chosen, unit="method", leave=False, disable=not (cards and sys.stderr.isatty())):
         method = METHODS[name]
-        given = recipe.run.quantization
-        method = as_recipe(method, recipe, method.weight_format if "none" in (method.weight_format, given) else given)
+        if method.weight_format != "none" and recipe.run.quantization != "none":
+            method = replace(method, weight_format=recipe.run.quantization)
+        method = with_gemm_of(recipe, method)
         fits = {
             card.name: _fits(model, method, recipe, card, sequences, length, limit or max(_ALWAYS, length))
             for card in cards

@@ -57,13 +57,12 @@ METHODS = {
 
 def method_of(recipe: Recipe) -> Method:
     """The method that a recipe trains with."""
-    return as_recipe(METHODS["paca"], recipe, recipe.run.quantization)
+    return with_gemm_of(recipe, replace(METHODS["paca"], weight_format=recipe.run.quantization))
 
 
-def as_recipe(method: Method, recipe: Recipe, weight_format: str) -> Method:
-    """Return a method with this format of weights and, where that leaves the choice, the recipe's GEMM."""
-    asked = method.family == "paca" and weight_format == "none" and (recipe.run.strategies or {}).get("gemm") == "fp8"
-    return replace(method, weight_format=weight_format, float8_gemm=asked)
+def with_gemm_of(recipe: Recipe, method: Method) -> Method:
+    """Return a method that multiplies dense weights as a recipe wants it."""
+    return replace(method, float8_gemm=(recipe.run.strategies or {}).get("gemm") == "fp8")
 
 
 def adapted(model: Any, method: Method, settings: PacaConfig, dtype: torch.dtype) -> Any:

@@ -8,6 +8,8 @@ from operations import Operations
 from tiny_models import adapted, layers_of, llama, tokens
 from torch.utils.checkpoint import checkpoint
 
+HOW = [{"residency": "resident"}, {"residency": "swap"}, {"selection": "mask_random"}]
+
 
 def gradients(model, **how):
     """Return the gradients of two backwards of one loss."""
@@ -20,10 +22,10 @@ def gradients(model, **how):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # its name before transformers 5
-@pytest.mark.parametrize("residency", ["resident", "swap"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_tensors_that_are_kept_elsewhere_give_the_same_gradients(residency, recomputed):
-    model = adapted(llama(use_cache=False), residency=residency).train()
+def test_tensors_that_are_kept_elsewhere_give_the_same_gradients(how, recomputed):
+    model = adapted(llama(use_cache=False), **how).train()
     expected = gradients(model)
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -32,13 +34,13 @@ def test_tensors_that_are_kept_elsewhere_give_the_same_gradients(residency, reco
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("residency", ["resident", "swap"])
-def test_a_layer_at_the_end_of_what_is_recomputed_is_not_multiplied_again(residency):
-    layer = layers_of(adapted(llama(), residency=residency))[0]
+@pytest.mark.parametrize("how", HOW)
+def test_a_layer_at_the_end_of_what_is_recomputed_is_not_multiplied_again(how):
+    layer = layers_of(adapted(llama(), **how))[0]
     x = torch.randn(3, layer.in_features, requires_grad=True)
     y = checkpoint(lambda x: layer(x.sin()), x, use_reentrant=False)
     with Operations() as calls:
         y.sum().backward()
     assert calls.names.count("sin") == 1
-    assert calls.names.count("mm") == 2  # dX and the columns' gradient
+    assert calls.names.count("mm") == 2  # dX and the gradient of what trains
     assert layer.paca_delta["default"].grad is not None
