@@ -75,7 +75,9 @@ def test_a_report_shows_what_differs_most_from_the_floor_and_adds_up(
     floor = result.methods["floor"]
     slower = [replace(each, seconds=each.seconds + (each.name == "aten::mm")) for each in floor.profile]
     result.methods["paca-r8"].profile = [Operation("new", 7.0, 0.5), *slower]
+    floor.profile.append(Operation("gone", 3.0, 0.75))
     (table,) = tables(result)
-    assert [row[0] for row in table.rows[:2]] == ["aten::mm", "new"]
-    assert table.rows[1][1:] == ["7", "0", "500.00", "0.00", "+500.00"]
-    assert table.rows[-1][-1] == "+1,500.00"
+    assert [row[0] for row in table.rows[:3]] == ["aten::mm", "gone", "new"]
+    assert table.rows[1][1:] == ["0", "3", "0.00", "750.00", "-750.00"]
+    assert table.rows[2][1:] == ["7", "0", "500.00", "0.00", "+500.00"]
+    assert table.rows[-1][-1] == "+750.00"

@@ -44,3 +44,12 @@ def test_a_layer_at_the_end_of_what_is_recomputed_is_not_multiplied_again(how):
     assert calls.names.count("sin") == 1
     assert calls.names.count("mm") == 2  # dX and the gradient of what trains
     assert layer.paca_delta["default"].grad is not None
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_nothing_is_kept_with_the_graph_that_it_came_from(how):
+    layer, kept = layers_of(adapted(llama(), **how))[0], []
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x.sin())
+    assert all(tensor.grad_fn is None for tensor in kept)

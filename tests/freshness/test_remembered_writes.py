@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import paca
 from paca.columns import AdaptedWeight
+from paca.errors import StaleColumnsError
 from paca.layer import PacaLayer
 from paca.strategies import adapted_columns
 
@@ -116,6 +117,16 @@ def test_a_weight_that_is_sharded_where_it_lies_is_left() -> None:
     with pytest.warns(UserWarning, match="the weight is sharded"):
         paca.refresh(layer)
     assert layer.residency == "swap"
+
+
+def test_a_check_of_everything_does_not_trust_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    paca.refresh(layer)
+    monkeypatch.setattr(AdaptedWeight, "planned", lambda self, adapters: self._planned.write)
+    other_delta_memory(layer)
+    paca.refresh(layer)
+    with pytest.raises(StaleColumnsError):
+        paca.verify(layer)
 
 
 def test_most_writes_need_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:

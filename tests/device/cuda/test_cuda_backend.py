@@ -63,7 +63,8 @@ def test_without_triton_tuned_means_cublas(monkeypatch):
 def test_a_model_that_stays_on_the_cpu_trains_and_switches_as_by_torchs_operations(monkeypatch):
     """Or those of its layers that do: the device's backend is the default where there is a device."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("paca_cuda.why_no_triton", lambda: None)  # no kernel is needed
+    for module in ("paca_cuda", "paca_cuda.ops"):
+        monkeypatch.setattr(f"{module}.why_no_triton", lambda: None)  # no kernel is needed
     found = []
     for strategies in (
         {"gather": "triton", "grad_columns": "triton", "write": "multi_tensor"},
