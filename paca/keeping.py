@@ -24,7 +24,9 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_backward(*tensors)
         return
     pack, ctx.unpack = hooks
-    ctx.packed = [None if tensor is None else pack(tensor.detach()) for tensor in tensors]  # an input knows its graph
+    # What was computed knows the graph that it came from, and would hold it.
+    alone = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
+    ctx.packed = [None if tensor is None else pack(tensor) for tensor in alone]
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
