@@ -729,6 +729,20 @@ BREAKS = [
         "tests/device/cuda/test_launches.py",
     ),
     Break(
+        "recomputation: what is kept brings the graph along that it came from",
+        "paca/keeping.py",
+        "t.detach() if t.requires_grad else t",
+        "t",
+        "tests/core/test_keeping.py",
+    ),
+    Break(
+        "recomputation: a quantised layer's columns are multiplied again for nothing",
+        "paca/quantised.py",
+        "        keep(ctx, xs if ctx.needs_input_grad[2] else None, delta, index)",
+        "        ctx.unpack = ctx.save_for_backward(xs if ctx.needs_input_grad[2] else None, delta, index)",
+        "tests/core/test_keeping.py",
+    ),
+    Break(
         "largest change: layers that read the same input are ranked alone",
         "paca/largest_change.py",
         "config.share_columns and",

@@ -25,8 +25,7 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
         return
     pack, ctx.unpack = hooks
     # What was computed knows the graph that it came from, and would hold it.
-    alone = [tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors]
-    ctx.packed = [None if tensor is None else pack(tensor) for tensor in alone]
+    ctx.packed = [None if t is None else pack(t.detach() if t.requires_grad else t) for t in tensors]
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:

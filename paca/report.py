@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from paca.versions import versions
 
 HEADER = "Copy-paste the following information when reporting an issue:"
 
@@ -39,12 +40,12 @@ def _machine() -> Iterator[tuple[str, str]]:
     memory = psutil.virtual_memory()
     yield "Platform", platform.platform()
     yield "Python", f"{platform.python_version()} ({sys.executable})"
-    yield "CPU", f"{_processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    yield "CPU", f"{processor()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
     yield "Memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
 
 
-def _processor() -> str:
-    """Linux keeps the name where `platform` does not look."""
+def processor() -> str:
+    """The processor's name; Linux keeps it where `platform` does not look."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -52,17 +53,10 @@ def _processor() -> str:
 
 
 def _packages() -> Iterator[tuple[str, str]]:
-    import torch
-
-    from paca import __version__
-
-    yield "paca", f"{__version__} ({Path(__file__).parent})"
-    yield "torch", torch.__version__  # with its build, which not every wheel's metadata has
-    for name in _PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            yield name, "not installed"
+    found = versions(*_PACKAGES)
+    yield "paca", f"{found['paca']} ({Path(__file__).parent})"
+    for name in ("torch", *_PACKAGES):
+        yield name, found.get(name, "not installed")
 
 
 def _backends() -> Iterator[tuple[str, str]]:
@@ -106,14 +100,10 @@ def _gaudi() -> Iterator[tuple[str, str]]:
     if find_spec("habana_frameworks") is None:
         yield "habana_frameworks", "not installed"
         return
-    for name in ("habana-torch-plugin", "habana-torch-dataloader"):
-        try:
-            yield "habana_frameworks", f"{version(name)} ({name})"
-            break
-        except PackageNotFoundError:
-            continue
-    else:
-        yield "habana_frameworks", "installed, version unknown"
+    names = ("habana-torch-plugin", "habana-torch-dataloader")
+    found = versions(*names)
+    told = next((f"{found[name]} ({name})" for name in names if name in found), "installed, version unknown")
+    yield "habana_frameworks", told
     if "PT_HPU_LAZY_MODE" not in os.environ:
         yield (
             "PT_HPU_LAZY_MODE",

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import paca
 from paca.backend import Backend
 from paca.bench.environment import malloc_in_force
-
-PACKAGES = ("transformers", "peft")
+from paca.report import processor
+from paca.versions import versions
 
 
 def describe(backend: Backend) -> dict[str, Any]:
@@ -27,29 +24,17 @@ def describe(backend: Backend) -> dict[str, Any]:
         "backend": backend.name,
         "device": backend.describe(),
         "strategies": backend.strategies,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
-        "packages": {
-            "paca": paca.__version__,
-            "torch": torch.__version__,  # with its build, which not every wheel's metadata has
-            **{name: version(name) for name in PACKAGES},
-        },
+        "packages": versions("transformers", "peft"),
         "revision": _revision(),
         "threads": torch.get_num_threads(),
         "malloc": malloc_in_force(),
         "load": [round(load, 2) for load in os.getloadavg()],
     }
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
-        return found[1]
-    return platform.processor() or platform.machine()
 
 
 def _revision() -> str | None:

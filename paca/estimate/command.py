@@ -26,6 +26,7 @@ from paca.estimate.prediction import adapted_model
 from paca.estimate.step import CannotRun, Footprint, Model, Work, footprint
 from paca.estimate.table import table
 from paca.recipe import Given, Recipe, RecipeError, read_file, read_words, resolve
+from paca.versions import versions
 
 _NEEDLESS = {"output_dir": "runs/estimate"}  # keys that a recipe must have and a prediction does not use
 _ALWAYS = 4096  # tokens up to which a longest sequence is sought for a model that states no limit
@@ -127,7 +128,7 @@ def predict(recipe: Recipe, config: Any, cards: Sequence[Device], names: Sequenc
         "r": model.settings.r,
         "work": asdict(work),
         "assumed": {"allocator_share": ALLOCATOR_SHARE, "context_bytes": CONTEXT_BYTES},
-        "packages": _packages(),
+        "packages": versions("transformers", "peft"),
         "methods": found,
     }
 
@@ -198,11 +199,3 @@ def _command(options: argparse.Namespace, words: Sequence[str]) -> str:
     """What to type to get the result again."""
     more = [word for key in ("methods", "gpu") if (said := getattr(options, key)) for word in (f"--{key}", said)]
     return shlex.join(["paca", "estimate", *words, *more])
-
-
-def _packages() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from paca._version import __version__
-
-    return {"paca": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}

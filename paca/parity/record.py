@@ -12,7 +12,6 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from paca.parity.formats import dtype_named, name_of
 from paca.parity.layouts import Bias, Storage
 from paca.parity.trajectory import Tolerance, Trajectory
 from paca.parity.well_formed import what_is_wrong
+from paca.versions import versions
 from paca.whole import replacing, write_text
 
 SCHEMA = 2
 REFERENCE = Path(__file__).parent / "reference"
 _DOCUMENT, _TENSORS = "parity.json", "parity.safetensors"
-_PACKAGES = ("torch", "transformers", "peft", "triton", "optimum-habana", "habana-torch-plugin")
+_PACKAGES = ("transformers", "peft", "triton", "optimum-habana", "habana-torch-plugin")
 
 
 class RecordError(ValueError):
@@ -66,14 +66,7 @@ class Record:
 
 def environment(backend: Backend) -> dict[str, str]:
     """Describe machine and software, without the name or a path of either."""
-    from paca._version import __version__
-
-    found = {"paca": __version__, "python": platform.python_version(), "system": platform.system()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = versions(*_PACKAGES) | {"python": platform.python_version(), "system": platform.system()}
     strategies = ", ".join(f"{kind}={choice}" for kind, choice in backend.strategies.items())
     return found | {"backend": backend.name, "device": backend.describe(), "strategies": strategies}
 

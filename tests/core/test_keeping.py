@@ -8,6 +8,9 @@ from operations import Operations
 from tiny_models import adapted, layers_of, llama, tokens
 from torch.utils.checkpoint import checkpoint
 
+import paca
+from paca.quantised import ColumnsAlone
+
 HOW = [{"residency": "resident"}, {"residency": "swap"}, {"selection": "mask_random"}]
 
 
@@ -44,6 +47,22 @@ def test_a_layer_at_the_end_of_what_is_recomputed_is_not_multiplied_again(how):
     assert calls.names.count("sin") == 1
     assert calls.names.count("mm") == 2  # dX and the gradient of what trains
     assert layer.paca_delta["default"].grad is not None
+
+
+def test_nor_are_columns_that_a_quantised_layer_adds_alone():
+    x = torch.randn(3, 6, requires_grad=True)
+    delta, index = torch.randn(5, 2, requires_grad=True), torch.tensor([1, 4])
+    ops = paca.get_backend().ops
+
+    def columns(x):
+        wide = x.sin()
+        return ColumnsAlone.apply(wide, wide.detach()[:, index], delta, index, 1.0, ops)
+
+    y = checkpoint(columns, x, use_reentrant=False)
+    with Operations() as calls:
+        y.sum().backward()
+    assert calls.names.count("sin") == 1
+    assert calls.names.count("mm") == 2
 
 
 @pytest.mark.parametrize("how", HOW)

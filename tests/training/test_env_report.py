@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import paca
+from paca import versions
 from paca.report import HEADER, report
 
 
@@ -18,6 +20,19 @@ def lines() -> dict[str, str]:
     assert blank == ""
     assert all(line.startswith("- ") and ": " in line for line in rest)
     return {key: value for key, _, value in (line[2:].partition(": ") for line in rest)}
+
+
+def test_torch_is_told_with_its_build_and_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"torch": "1", "peft": "2"}  # the metadata of torch's wheels need not have the build
+
+    def version(name: str) -> str:
+        if name not in numbers:
+            raise metadata.PackageNotFoundError(name)
+        return numbers[name]
+
+    monkeypatch.setattr(versions, "version", version)
+    told = versions.versions("peft", "nothing")
+    assert told == {"paca": paca.__version__, "torch": torch.__version__, "peft": "2"}
 
 
 def test_versions_and_machine_are_told() -> None:
